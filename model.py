@@ -1,0 +1,1056 @@
+"""What must not exist twice: audio, features, encoders, adaptor, CTC, SpecAugment, prompt, splice, scoring.
+
+Every script of earshot imports this file and nothing else of ours. What is here makes results silently wrong
+when two copies of it differ; what a reader must see to follow a run (data order, loop, schedule, checkpoint)
+stands in the scripts themselves.
+
+    wave (N,) 16 kHz -> features (T, F) -> encoder (B, T, W) -> AudioAdaptor (B, S, D) -> splice -> LLM (B, L, D)
+
+Shapes: B batch, N samples, T encoder frames, S adaptor positions, L LLM positions, W encoder width, D LLM width,
+V vocabulary. `x (B, T, W)` travels with `lens (B,)`; a bool mask is True where data is real.
+"""
+
+import hashlib
+import json
+import math
+import re
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+import torchaudio
+import yaml
+from rapidfuzz.distance import Levenshtein
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+IGNORE = -100  # label that cross-entropy skips, as in transformers
+AUDIO_MARK = "<|earshot-audio|>"  # stands for the audio while the chat template is rendered; never tokenised
+LFR_M, LFR_N = 7, 6  # FunASR's low frame rate: 7 frames of 10 ms stacked every 6, so 60 ms a frame
+
+
+def length_mask(lens, max_len):
+    """Bool mask (B, max_len), True on real positions."""
+    return torch.arange(max_len, device=lens.device) < lens[:, None]
+
+
+def freeze(module):
+    """Freeze for good: no gradients, eval mode, and a later `.train()` on any parent leaves it in eval.
+
+    Without the last part `model.train()` silently switches dropout back on inside "frozen" modules.
+    """
+    module.requires_grad_(False).eval()
+    for part in module.modules():
+        part.train = lambda mode=True, part=part: part
+    return module
+
+
+# ---- audio ------------------------------------------------------------------------------------------------------
+
+
+class AudioError(ValueError):
+    """One clip cannot be used; the message names the file. Runs count such clips and go on (`data.max_bad`)."""
+
+
+def resample(wave, rate, new_rate):
+    """Resample the last axis with one fixed Kaiser-windowed sinc, so that a file has the same features everywhere.
+
+    The parameters are torchaudio's equivalent of librosa's `kaiser_best`; images above the old Nyquist frequency
+    stay below -100 dB, which matters when 8 kHz telephone speech enters a 16 kHz front end.
+    """
+    if rate == new_rate:
+        return wave
+    return torchaudio.functional.resample(
+        wave, rate, new_rate, lowpass_filter_width=64, rolloff=0.9475937167399596,
+        resampling_method="sinc_interp_kaiser", beta=14.769656459379492,
+    )
+
+
+def load_audio(path, sample_rate):
+    """Read one file as mono float32 in [-1, 1] at `sample_rate`.
+
+    Input   any rate, channel count and container that libsndfile reads; channels are averaged.
+    Output  wave (N,) float32.
+    Raises  AudioError, naming the file, if it is missing, empty, truncated, non-finite or not audio.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise AudioError(f"{path}: no such file")
+    if path.stat().st_size == 0:
+        raise AudioError(f"{path}: the file is empty (0 bytes)")
+    try:
+        info = soundfile.info(str(path), verbose=True)
+        samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        raise AudioError(f"{path}: not readable as audio ({error})") from error
+    if "should be" in info.extra_info or len(samples) < info.frames:  # libsndfile's own note on a short data chunk
+        raise AudioError(f"{path}: truncated, {len(samples)} samples are left of what its header promises")
+    if len(samples) == 0:
+        raise AudioError(f"{path}: holds no samples")
+    if not np.isfinite(samples).all():
+        raise AudioError(f"{path}: holds NaN or infinite samples")
+    wave = torch.from_numpy(samples).mean(dim=1)  # (N, channels) -> (N,)
+    return resample(wave, rate, sample_rate)
+
+
+def change_speed(wave, factor, sample_rate):
+    """Kaldi's speed perturbation: `factor` 1.1 plays 10 % faster and higher. wave (N,) -> (N / factor,)."""
+    if factor == 1.0:
+        return wave
+    return resample(wave, round(sample_rate * factor / 100) * 100, sample_rate)
+
+
+def telephone_channel(wave, sample_rate, generator):
+    """A telephone line: 300-3400 Hz band, 8 kHz, G.711 mu-law and a random level. wave (N,) -> (N,)."""
+    narrow = resample(wave, sample_rate, 8000)
+    narrow = torchaudio.functional.highpass_biquad(narrow, 8000, 300.0)
+    narrow = torchaudio.functional.lowpass_biquad(narrow, 8000, 3400.0)
+    level = 10 ** (-1.5 * torch.rand((), generator=generator))  # peak between 0 and -30 dBFS
+    narrow = narrow / narrow.abs().max().clamp(min=1e-5) * level
+    codes = torchaudio.functional.mu_law_encoding(narrow, 256)
+    return resample(torchaudio.functional.mu_law_decoding(codes, 256), 8000, sample_rate)[: len(wave)]
+
+
+# ---- Kaldi front end of SenseVoice and Fun-ASR-Nano -------------------------------------------------------------
+
+
+def fbank_frames(num_samples, sample_rate=16000):
+    """Number of 25 ms frames every 10 ms, Kaldi's snip_edges=True."""
+    window, shift = sample_rate * 25 // 1000, sample_rate // 100
+    return 1 + (num_samples - window) // shift if num_samples >= window else 0
+
+
+def lfr_frames(fbank_len):
+    """Low-frame-rate frames: ceil(T / 6)."""
+    return -(-fbank_len // LFR_N)
+
+
+def apply_lfr(feats):
+    """Stack 7 frames every 6: (T, 80) -> (ceil(T/6), 560), oldest first, edges repeated."""
+    steps = torch.arange(lfr_frames(len(feats)))[:, None] * LFR_N
+    index = (steps + torch.arange(LFR_M) - (LFR_M - 1) // 2).clamp(0, len(feats) - 1)  # (ceil(T/6), 7)
+    return feats[index].flatten(1)
+
+
+def load_cmvn(path):
+    """Read FunASR's `am.mvn`: (2, 560) float32, row 0 is added, row 1 multiplied."""
+    rows = re.findall(r"<LearnRateCoef>\s+\S+\s+\[([^\]]*)\]", Path(path).read_text(encoding="utf-8"))
+    if len(rows) < 2:
+        raise ValueError(f"{path}: expected <AddShift> and <Rescale> vectors of a Kaldi nnet, found {len(rows)}")
+    return torch.tensor([[float(x) for x in row.split()] for row in rows[:2]])
+
+
+def wav_frontend(wave, key="", dither=1.0, cmvn=None):
+    """FunASR's `WavFrontend`: int16-scaled Kaldi log-mel, LFR 7/6, optional CMVN.
+
+    Input   wave (N,) float32 at 16 kHz, at least 400 samples; key seeds the dither, so that a clip has the
+            same features in every run. FunASR dithers with a global generator, at inference too.
+    Output  feats (ceil(T/6), 560), T = fbank_frames(N), 60 ms a frame.
+    Raises  AudioError for a clip shorter than one 25 ms window.
+    Source  funasr/frontends/wav_frontend.py; the dither stays on because digital silence without it lies 20 nats
+            away from what the encoders were trained on.
+    """
+    if fbank_frames(len(wave)) == 0:
+        raise AudioError(f"{key or 'clip'}: {len(wave) / 16000:.3f} s is shorter than one 25 ms window")
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
+    with torch.random.fork_rng(devices=[]):  # Kaldi's dither draws from the global generator
+        torch.manual_seed(seed)
+        feats = torchaudio.compliance.kaldi.fbank(
+            wave[None].float() * 32768, num_mel_bins=80, frame_length=25, frame_shift=10, dither=dither,
+            energy_floor=0.0, window_type="hamming", sample_frequency=16000, snip_edges=True,
+        )
+    feats = apply_lfr(feats)
+    return feats if cmvn is None else (feats + cmvn[0]) * cmvn[1]
+
+
+# ---- SANM encoder -----------------------------------------------------------------------------------------------
+
+
+class SANMAttention(nn.Module):
+    """Self-attention with memory: multi-head attention plus a depthwise convolution (FSMN) over the values."""
+
+    def __init__(self, input_size, output_size, heads, kernel_size, dropout):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.linear_q_k_v = nn.Linear(input_size, 3 * output_size)
+        self.linear_out = nn.Linear(output_size, output_size)
+        self.fsmn_block = nn.Conv1d(output_size, output_size, kernel_size, groups=output_size, bias=False)
+        self.left = (kernel_size - 1) // 2
+        self.right = kernel_size - 1 - self.left
+
+    def forward(self, x, mask):  # x (B, T, C), mask (B, T)
+        query, key, value = self.linear_q_k_v(x).chunk(3, dim=-1)  # each (B, T, W)
+        keep = mask[..., None].to(value.dtype)  # (B, T, 1); multiplied, so that padding never leaks into the memory
+        kept = (value * keep).transpose(1, 2)  # (B, W, T)
+        memory = (self.fsmn_block(F.pad(kept, (self.left, self.right))) + kept).transpose(1, 2)  # (B, T, W)
+        memory = F.dropout(memory, self.dropout, self.training) * keep
+        query, key, value = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
+        attended = F.scaled_dot_product_attention(  # (B, heads, T, W/heads)
+            query, key, value, attn_mask=mask[:, None, None], dropout_p=self.dropout if self.training else 0.0
+        )
+        return self.linear_out(attended.transpose(1, 2).flatten(2)) + memory
+
+
+class SANMFeedForward(nn.Module):
+    def __init__(self, size, hidden, dropout):
+        super().__init__()
+        self.w_1, self.w_2, self.dropout = nn.Linear(size, hidden), nn.Linear(hidden, size), dropout
+
+    def forward(self, x):
+        return self.w_2(F.dropout(F.relu(self.w_1(x)), self.dropout, self.training))
+
+
+class SANMLayer(nn.Module):
+    """Pre-norm block. Where input and output sizes differ (block 0) the attention has no residual."""
+
+    def __init__(self, input_size, output_size, heads, hidden, kernel_size, dropout, attention_dropout):
+        super().__init__()
+        self.self_attn = SANMAttention(input_size, output_size, heads, kernel_size, attention_dropout)
+        self.feed_forward = SANMFeedForward(output_size, hidden, dropout)
+        self.norm1, self.norm2 = nn.LayerNorm(input_size), nn.LayerNorm(output_size)
+        self.residual, self.dropout = input_size == output_size, dropout
+
+    def forward(self, x, mask):
+        attended = F.dropout(self.self_attn(self.norm1(x), mask), self.dropout, self.training)
+        x = x + attended if self.residual else attended
+        return x + F.dropout(self.feed_forward(self.norm2(x)), self.dropout, self.training)
+
+
+class SenseVoiceEncoder(nn.Module):
+    """The encoder of SenseVoiceSmall and Fun-ASR-Nano: 50 SANM blocks, a norm, 20 more, a norm (221.1 M).
+
+    Input   feats (B, T, 560) float, 60 ms a frame, not changed; lens (B,) int64, real frames in each row.
+    Output  enc (B, T, 512), lens. Rows past lens hold values without meaning; they influence no real row.
+    Raises  ValueError if feats is not `input_size` wide.
+    Source  funasr's `SenseVoiceEncoderSmall`, whose state-dict names it keeps (strict load). Ours is out of place
+            (works under gradient checkpointing), takes any dtype and uses scaled_dot_product_attention.
+    """
+
+    def __init__(self, input_size=560, output_size=512, attention_heads=4, linear_units=2048, num_blocks=50,
+                 tp_blocks=20, kernel_size=11, dropout_rate=0.1, attention_dropout_rate=0.1):
+        super().__init__()
+        self.input_size, self.output_size = input_size, output_size
+        self.gradient_checkpointing = False
+        rest = (output_size, attention_heads, linear_units, kernel_size, dropout_rate, attention_dropout_rate)
+        self.encoders0 = nn.ModuleList([SANMLayer(input_size, *rest)])
+        self.encoders = nn.ModuleList([SANMLayer(output_size, *rest) for _ in range(num_blocks - 1)])
+        self.tp_encoders = nn.ModuleList([SANMLayer(output_size, *rest) for _ in range(tp_blocks)])
+        self.after_norm, self.tp_norm = nn.LayerNorm(output_size), nn.LayerNorm(output_size)
+
+    def positions(self, length, device):
+        """Sinusoids (length, input_size) counted from 1; sines first, then cosines. They precede the projection."""
+        half = self.input_size // 2
+        rates = torch.exp(torch.arange(half, device=device) * (-math.log(10000) / (half - 1)))
+        angles = torch.arange(1, length + 1, device=device)[:, None] * rates
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+    def forward(self, feats, lens):
+        if feats.shape[-1] != self.input_size:
+            raise ValueError(f"SenseVoiceEncoder takes features {self.input_size} wide, got {tuple(feats.shape)}")
+        mask = length_mask(lens, feats.shape[1])  # (B, T)
+        x = feats * self.output_size**0.5 + self.positions(feats.shape[1], feats.device).to(feats.dtype)
+        x = x.masked_fill(~mask[..., None], 0.0)  # NaN in the padding would survive a multiplication by 0
+        for layer in [*self.encoders0, *self.encoders]:
+            x = self.run(layer, x, mask)
+        x = self.after_norm(x)
+        for layer in self.tp_encoders:
+            x = self.run(layer, x, mask)
+        return self.tp_norm(x), lens
+
+    def run(self, layer, x, mask):
+        if self.gradient_checkpointing and self.training:
+            return torch.utils.checkpoint.checkpoint(layer, x, mask, use_reentrant=False)
+        return layer(x, mask)
+
+
+# ---- encoder wrappers -------------------------------------------------------------------------------------------
+
+
+def hash_tensors(tensors):
+    """Short sha256 over names, shapes and bytes of a state dict: the identity of a set of weights."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def find_model(name):
+    """Folder of a model: `name` itself if it is one, else a download by hub name (only then is the net used)."""
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).is_absolute() or str(name).startswith(".") or name.count("/") != 1:
+        raise ValueError(f"{name}: no such folder; give a model folder or a hub name such as openai/whisper-tiny.en")
+    try:
+        if name.startswith(("iic/", "FunAudioLLM/")):  # the ModelScope copy of Fun-ASR-Nano has the CTC weights
+            from modelscope import snapshot_download
+
+            return Path(snapshot_download(name))
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))
+    except Exception as error:  # both hubs raise many types; whatever it was, the user needs the same advice
+        raise ValueError(
+            f"{name}: neither a folder here nor reachable on its hub ({type(error).__name__}: {error}); "
+            "download it elsewhere and give the folder's path"
+        ) from error
+
+
+class SpeechEncoder(nn.Module):
+    """A frozen speech encoder behind one face.
+
+    Attributes  width (W), frame_ms (ms between frames), sample_rate (Hz), identity (dict that names the weights
+                and everything that changes the output; a cache made with another one is refused).
+    features    wave (N,), key -> feats (T, F): runs in data workers, on the CPU.
+    forward     feats (B, T, F), lens (B,) -> enc (B, T', W), lens (B,). Padding never changes a real frame.
+    num_frames  samples -> T', the length formula that batching and checks use.
+    """
+
+    def __init__(self, net, width, frame_ms, identity):
+        super().__init__()
+        self.net, self.width, self.frame_ms, self.sample_rate = net, width, frame_ms, 16000
+        self.identity = {"weights": hash_tensors(net.state_dict()), "width": width, "frame_ms": frame_ms} | identity
+
+
+class KaldiEncoder(SpeechEncoder):
+    """SenseVoiceSmall or the encoder of Fun-ASR-Nano, from a folder in the release's own layout.
+
+    SenseVoiceSmall puts four query frames [language, event, emotion, text norm] before the speech and applies
+    `am.mvn`; Fun-ASR-Nano does neither, so their caches are not interchangeable.
+    """
+
+    LANGUAGES = {"auto": 0, "zh": 3, "en": 4, "yue": 7, "ja": 11, "ko": 12, "nospeech": 13}  # rows of `embed`
+    TEXT_NORMS = {"withitn": 14, "woitn": 15}
+
+    def __init__(self, folder, language="auto", text_norm="woitn", keep_query_frames=False):
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        weights = torch.load(folder / "model.pt", map_location="cpu", weights_only=True, mmap=True)
+        weights = weights.get("state_dict", weights)
+        nano = "FunASRNano" in str(config.get("model", ""))
+        prefix, conf = ("audio_encoder.", "audio_encoder_conf") if nano else ("encoder.", "encoder_conf")
+        names = ("output_size", "attention_heads", "linear_units", "num_blocks", "tp_blocks", "kernel_size",
+                 "dropout_rate", "attention_dropout_rate")
+        net = SenseVoiceEncoder(560, **{name: config[conf][name] for name in names if name in config[conf]})
+        net.load_state_dict({k.removeprefix(prefix): v.float() for k, v in weights.items() if k.startswith(prefix)})
+        self_identity = {"front_end": "kaldi80-lfr7/6-dither1", "query_frames": keep_query_frames and not nano}
+        cmvn = None if nano else load_cmvn(folder / "am.mvn")
+        if not nano:
+            for value, table in ((language, self.LANGUAGES), (text_norm, self.TEXT_NORMS)):
+                if value not in table:
+                    raise ValueError(f"SenseVoiceSmall knows no {value!r}; it takes one of {', '.join(table)}")
+            self_identity |= {"language": language, "text_norm": text_norm, "cmvn": hash_tensors({"cmvn": cmvn})}
+        super().__init__(net, net.output_size, 60.0, self_identity)
+        self.cmvn, self.keep_query_frames, self.ctc_tokenizer = cmvn, keep_query_frames, None
+        if not nano:
+            rows = torch.tensor([self.LANGUAGES[language], 1, 2, self.TEXT_NORMS[text_norm]])
+            self.register_buffer("queries", weights["embed.weight"][rows].float())  # (4, 560)
+            self.ctc_lo = nn.Linear(net.output_size, len(weights["ctc.ctc_lo.bias"]))
+            self.ctc_lo.load_state_dict({name: weights[f"ctc.ctc_lo.{name}"].float() for name in ("weight", "bias")})
+            import sentencepiece
+
+            models = sorted(folder.glob("*.bpe.model"))
+            self.ctc_tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(models[0])) if models else None
+
+    def num_frames(self, num_samples):
+        queries = 4 if self.cmvn is not None and self.keep_query_frames else 0
+        return lfr_frames(fbank_frames(num_samples)) + queries
+
+    def features(self, wave, key=""):
+        return wav_frontend(wave, key, cmvn=self.cmvn)
+
+    def forward(self, feats, lens):
+        if self.cmvn is None:
+            return self.net(feats, lens)
+        queries = self.queries.to(feats.dtype).expand(len(feats), -1, -1)
+        enc, lens = self.net(torch.cat([queries, feats], dim=1), lens + 4)  # (B, 4 + T, W)
+        return (enc, lens) if self.keep_query_frames else (enc[:, 4:], lens - 4)
+
+    def ctc_text(self, enc, lens):
+        """What SenseVoice's own CTC head reads: list of strings, without the LLM. blank is 0."""
+        if self.ctc_tokenizer is None:
+            raise ValueError("this encoder has no CTC head of its own with a tokenizer; only SenseVoiceSmall has")
+        if self.keep_query_frames:  # the first four frames predict language, emotion, event and text norm
+            enc, lens = enc[:, 4:], lens - 4
+        paths = ctc_greedy(self.ctc_lo(enc), lens, blank=0)
+        return [self.ctc_tokenizer.decode(path).strip() for path in paths]
+
+
+class WhisperEncoder(SpeechEncoder):
+    """Any transformers Whisper encoder, at the clip's own length (default) or padded to 30 s as in its training.
+
+    At clip length a 3 s prompt costs 3.2 s of frames instead of 30 (12-14 x faster on the demo's prompts); the
+    features differ a little (cosine 0.90-0.96), so an adaptor must be trained with the setting it is used with.
+    """
+
+    TAIL_S = 0.2  # silence after a clip: without it the last word is cut, since Whisper learned to see a pause
+
+    def __init__(self, folder, pad_to_30s=False):
+        from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+        net = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).model.encoder
+        extractor = WhisperFeatureExtractor.from_pretrained(folder)
+        identity = {"front_end": f"whisper-mel{extractor.feature_size}", "pad_to_30s": pad_to_30s}
+        super().__init__(net, net.config.d_model, 20.0, identity)
+        self.pad_to_30s, self.hop, self.max_frames = pad_to_30s, extractor.hop_length, net.config.max_source_positions
+        self.mel_bins, self.n_fft = extractor.feature_size, extractor.n_fft
+        # float32 copy of the extractor's own filters; a plain tensor, so that data workers share it
+        self.mel_filters = torch.from_numpy(np.asarray(extractor.mel_filters)).float()  # (201, M)
+
+    def num_frames(self, num_samples):
+        padded = num_samples + round(self.TAIL_S * self.sample_rate)
+        return self.max_frames if self.pad_to_30s else (padded // self.hop + 1) // 2
+
+    def features(self, wave, key=""):
+        """Whisper's log-mel: (mel frames, M). Equal to transformers' extractor on the same samples (tested)."""
+        limit = 2 * self.max_frames * self.hop
+        if len(wave) > limit:
+            raise AudioError(f"{key or 'clip'}: {len(wave) / 16000:.1f} s is longer than Whisper's 30 s; split it")
+        total = limit if self.pad_to_30s else min(limit, len(wave) + round(self.TAIL_S * self.sample_rate))
+        wave = F.pad(wave.float(), (0, total - len(wave)))
+        spectrum = torch.stft(wave, self.n_fft, self.hop, window=torch.hann_window(self.n_fft), return_complex=True)
+        log_mel = (self.mel_filters.T @ spectrum[:, :-1].abs() ** 2).clamp(min=1e-10).log10()  # (M, mel frames)
+        log_mel = log_mel.clamp(min=log_mel.max() - 8.0)
+        return ((log_mel + 4.0) / 4.0).T
+
+    def forward(self, feats, lens):
+        net = self.net
+        keep = length_mask(lens, feats.shape[1])[:, None].to(feats.dtype)  # (B, 1, mel frames)
+        x = feats.transpose(1, 2).masked_fill(keep == 0, 0.0)  # (B, M, mel frames)
+        x = F.gelu(net.conv1(x)) * keep  # conv2 must see zeros past the end, as it does for a single clip
+        x = F.gelu(net.conv2(x)).transpose(1, 2)  # (B, T, W)
+        lens = (lens + 1) // 2
+        x = x + net.embed_positions.weight[: x.shape[1]]
+        mask = length_mask(lens, x.shape[1])
+        mask = None if bool(mask.all()) else mask[:, None, None].expand(-1, 1, x.shape[1], -1)
+        for layer in net.layers:
+            x = layer(x, mask)
+        return net.layer_norm(x), lens
+
+
+def load_encoder(name, language="auto", text_norm="woitn", keep_query_frames=False, pad_to_30s=False):
+    """Load a frozen encoder by hub name or local folder in the hub's own layout.
+
+    Input   name: iic/SenseVoiceSmall, FunAudioLLM/Fun-ASR-Nano-2512, any Whisper of transformers, or a folder.
+            language, text_norm, keep_query_frames concern SenseVoiceSmall; pad_to_30s concerns Whisper.
+    Output  SpeechEncoder, fp32, on the CPU, no gradients, in eval mode whatever `.train()` its parents call.
+    Raises  ValueError naming what is missing.
+    """
+    folder = find_model(name)
+    if (folder / "config.yaml").is_file():
+        encoder = KaldiEncoder(folder, language, text_norm, keep_query_frames)
+    elif (folder / "config.json").is_file():
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        if kind != "whisper":
+            raise ValueError(f"{name}: model_type {kind!r} is not supported; use a Whisper, SenseVoice or Fun-ASR-Nano")
+        encoder = WhisperEncoder(folder, pad_to_30s)
+    else:
+        raise ValueError(f"{name}: has neither config.yaml (FunASR) nor config.json (transformers)")
+    encoder.identity["name"] = str(name)
+    return freeze(encoder)
+
+
+# ---- adaptor ----------------------------------------------------------------------------------------------------
+
+
+class AudioAdaptor(nn.Module):
+    """Map encoder frames to LLM embeddings: stack, Linear, transformer, Linear, LayerNorm (207.7 M by default).
+
+    Input   enc (B, T, input_dim), enc_lens (B,) int64 real frames in each row.
+    Output  emb (B, S, output_dim), S = ceil(T / stack); emb_lens (B,). Rows past emb_lens are zero.
+            Padding, even NaN, never reaches a real position.
+    Raises  ValueError if enc has another width or a length lies outside 1..T.
+    Source  the published adaptor's state-dict names and order (input_proj, transformer, output_proj, norm).
+            Departures: padding is masked; `norm.weight` can start at the RMS of the LLM's embedding table
+            (`embedding_rms`), since a LayerNorm at 1.0 is about 40 x louder than Qwen3's embeddings. Stacking as in
+            SLAM-ASR (arXiv:2402.08846), but a ragged tail is padded, not dropped. `num_layers=0` is SLAM-ASR's
+            Linear-GELU-Linear with dropout between.
+    """
+
+    def __init__(self, input_dim=512, output_dim=2560, hidden_dim=2048, num_layers=4, num_heads=8, dropout=0.1,
+                 stack=1, pre_norm=False, embedding_rms=None):
+        super().__init__()
+        self.input_dim, self.stack = input_dim, stack
+        self.input_proj = nn.Linear(input_dim * stack, hidden_dim)
+        if num_layers:
+            layer = nn.TransformerEncoderLayer(
+                hidden_dim, num_heads, 4 * hidden_dim, dropout, "gelu", batch_first=True, norm_first=pre_norm
+            )
+            self.transformer = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
+        else:
+            self.transformer, self.activation = None, nn.Sequential(nn.GELU(), nn.Dropout(dropout))
+        self.output_proj = nn.Linear(hidden_dim, output_dim)
+        self.norm = nn.LayerNorm(output_dim)
+        if embedding_rms is not None:
+            nn.init.constant_(self.norm.weight, embedding_rms)
+
+    def out_lens(self, enc_lens):
+        """S = ceil(T / stack): positions for a tensor or number of frames."""
+        return (enc_lens + self.stack - 1) // self.stack
+
+    def forward(self, enc, enc_lens):
+        batch, frames, width = enc.shape
+        if width != self.input_dim or int(enc_lens.min()) < 1 or int(enc_lens.max()) > frames:
+            raise ValueError(
+                f"AudioAdaptor takes (B, T, {self.input_dim}) and lengths in 1..T, got {tuple(enc.shape)} and "
+                f"lengths {int(enc_lens.min())}..{int(enc_lens.max())}"
+            )
+        emb_lens = self.out_lens(enc_lens)
+        enc = enc.masked_fill(~length_mask(enc_lens, frames)[..., None], 0.0)
+        enc = F.pad(enc, (0, 0, 0, -frames % self.stack))  # (B, S * stack, W)
+        x = self.input_proj(enc.reshape(batch, -1, width * self.stack))  # (B, S, hidden)
+        mask = length_mask(emb_lens, x.shape[1])
+        x = self.activation(x) if self.transformer is None else self.transformer(x, src_key_padding_mask=~mask)
+        emb = self.norm(self.output_proj(x))  # (B, S, D)
+        return emb.masked_fill(~mask[..., None], 0.0), emb_lens
+
+
+def embedding_rms(embedding):
+    """Root mean square of an embedding table (V, D): the loudness at which the LLM expects its input."""
+    return float(embedding.detach().float().pow(2).mean().sqrt())
+
+
+# ---- CTC --------------------------------------------------------------------------------------------------------
+
+
+class CTCHead(nn.Module):
+    """CTC over an own vocabulary, or over rows of the LLM's embedding table plus a learned blank.
+
+    CTCHead(width, vocab_size=V)                       own vocabulary: one Linear, classes 0..V-1
+    CTCHead(width, embedding=E (V, D), token_ids=ids)  tied: class c scores the frame against E[ids[c]]; D = width
+    Input   x (B, S, width), lens (B,).  Output  log-probabilities (B, S, C + 1) fp32; the blank is the last class.
+    The tied head makes minutes of speech count: it pulls each position towards the embedding of the token that is
+    spoken there, which is just what the LLM reads. Restricting it to the tokens of the training transcripts changes
+    nothing that could be learned and saves most of the softmax.
+    """
+
+    def __init__(self, width, vocab_size=None, embedding=None, token_ids=None):
+        super().__init__()
+        if (vocab_size is None) == (embedding is None):
+            raise ValueError("CTCHead takes either vocab_size or an embedding table")
+        if embedding is None:
+            self.proj, self.blank = nn.Linear(width, vocab_size + 1), vocab_size
+            self.register_buffer("token_ids", torch.arange(vocab_size))
+            return
+        token_ids = torch.arange(len(embedding)) if token_ids is None else torch.as_tensor(token_ids)
+        self.proj, self.blank = None, len(token_ids)
+        self.register_buffer("token_ids", token_ids.to(embedding.device))  # class -> token of the LLM
+        table = embedding.detach()[self.token_ids].float()
+        self.register_buffer("table", table, persistent=False)  # (C, D), a copy of frozen weights
+        rms = embedding_rms(table)
+        self.blank_row = nn.Parameter(torch.randn(width, device=table.device) * rms)
+        self.blank_bias = nn.Parameter(torch.zeros(1, device=table.device))
+        # scores of unrelated vectors start with standard deviation 1, of a perfect match at sqrt(D)
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(rms**2 * width**0.5), device=table.device))
+
+    def forward(self, x, lens=None):
+        if self.proj is not None:
+            return self.proj(x).float().log_softmax(-1)
+        scale = self.log_scale.exp()
+        tokens = F.linear(x * scale, self.table.to(x.dtype))  # (B, S, C)
+        blank = F.linear(x * scale, self.blank_row[None].to(x.dtype)) + self.blank_bias
+        return torch.cat([tokens, blank.to(tokens.dtype)], dim=-1).float().log_softmax(-1)
+
+    def classes(self, ids):
+        """Token ids of the LLM -> classes of this head; ids that the head does not have are left out."""
+        if not hasattr(self, "class_of"):
+            self.class_of = {token: index for index, token in enumerate(self.token_ids.tolist())}
+        return [self.class_of[token] for token in ids if token in self.class_of]
+
+    def tokens(self, classes):
+        return [int(self.token_ids[c]) for c in classes]
+
+    def loss(self, log_probs, lens, targets):
+        """Sum over the batch of -log p(target), and how many rows have more labels than frames allow.
+
+        targets: list of class lists. An impossible row has infinite loss; it is left out (and counted), because
+        `zero_infinity` would otherwise hide it.
+        """
+        possible = [i for i, (t, n) in enumerate(zip(targets, lens.tolist())) if ctc_min_frames(t) <= n and t]
+        if not possible:
+            return log_probs.sum() * 0.0, len(targets)
+        flat = torch.tensor([c for i in possible for c in targets[i]], device=log_probs.device)
+        target_lens = torch.tensor([len(targets[i]) for i in possible], device=log_probs.device)
+        total = F.ctc_loss(log_probs[possible].transpose(0, 1), flat, lens[possible], target_lens, self.blank,
+                           reduction="sum")
+        return total, len(targets) - len(possible)
+
+
+def ctc_min_frames(labels):
+    """Frames that CTC needs: one a label, and one blank between equal neighbours."""
+    return len(labels) + sum(a == b for a, b in zip(labels, labels[1:]))
+
+
+def ctc_greedy(scores, lens, blank):
+    """Best path, repeats merged, blanks dropped: scores (B, S, C) -> list of label lists."""
+    best, paths = scores.argmax(-1).tolist(), []
+    for row, length in zip(best, lens.tolist()):
+        row = row[:length]
+        paths.append([c for i, c in enumerate(row) if c != blank and (i == 0 or c != row[i - 1])])
+    return paths
+
+
+def ctc_align(log_probs, labels, blank):
+    """Forced alignment by torchaudio. log_probs (S, C), labels list -> [(label, first, end, log-prob)] in positions.
+
+    Raises ValueError if there are more labels than positions allow.
+    """
+    if ctc_min_frames(labels) > len(log_probs):
+        raise ValueError(f"{len(labels)} labels do not fit into {len(log_probs)} CTC positions")
+    if not labels:
+        return []
+    target = torch.tensor([labels], dtype=torch.int32, device=log_probs.device)
+    path, scores = torchaudio.functional.forced_align(log_probs[None].float().contiguous(), target, blank=blank)
+    spans = torchaudio.functional.merge_tokens(path[0], scores[0], blank=blank)
+    return [(span.token, span.start, span.end, span.score) for span in spans]
+
+
+def word_times(spans, pieces, position_s):
+    """Join aligned tokens into words: [(word, start_s, end_s)].
+
+    pieces are the tokens' texts; a piece that starts with a space, or with a CJK character, begins a new word.
+    """
+    words = []
+    for (_, first, end, _), piece in zip(spans, pieces):
+        text = piece.strip()
+        if not words or piece[:1].isspace() or is_cjk(text[:1]):
+            words.append([text, first * position_s, end * position_s])
+        else:
+            words[-1][0] += text
+            words[-1][2] = end * position_s
+    return [tuple(word) for word in words if word[0]]
+
+
+def ctc_soft_speech(log_probs, lens, head):
+    """CTC-compressed soft speech: one LLM embedding for each token that CTC hears.
+
+    Each run of equal non-blank best labels becomes the mean, over its positions, of the posterior-weighted token
+    embeddings (blank left out). Uncertainty survives: where CTC wavers between two words the LLM gets a mixture.
+    Input   log_probs (B, S, C + 1) of a tied head.
+    Output  soft (B, K, D), soft_lens (B,), at least 1 (a clip in which CTC hears nothing gives its mean posterior).
+    """
+    best = log_probs.argmax(-1)  # (B, S)
+    real = length_mask(lens, best.shape[1])
+    spoken = real & (best != head.blank)
+    previous = F.pad(best, (1, 0), value=head.blank)[:, :-1]
+    starts = spoken & (best != previous)
+    silent = ~spoken.any(dim=1)
+    spoken = spoken | (real & silent[:, None])
+    starts[:, 0] |= silent
+    run = (starts.cumsum(1) - 1).clamp(min=0)  # (B, S), index of the run that a position belongs to
+    soft_lens = starts.sum(1)
+    weights = F.one_hot(run, int(soft_lens.max())) * spoken[..., None]  # (B, S, K)
+    weights = weights / weights.sum(1, keepdim=True).clamp(min=1)
+    posterior = log_probs[..., : head.blank].softmax(-1)  # (B, S, C), renormalised without the blank
+    mean = torch.einsum("bsk,bsc->bkc", weights.to(posterior.dtype), posterior)
+    return mean @ head.table, soft_lens  # (B, K, D)
+
+
+# ---- SpecAugment ------------------------------------------------------------------------------------------------
+
+
+class SpecAugLFR(nn.Module):
+    """SpecAugment on stacked (LFR) features, with FunASR's arguments; active in training mode only.
+
+    Input   feats (B, T, 560), lens (B,), an optional torch.Generator.  Output  (masked copy, lens).
+    Units   freq_mask_width_range in mel bins (the same bins in all lfr_rate + 1 stacked frames);
+            time_mask_width_range in 60 ms frames, upper bound excluded as in FunASR.
+    Departures from FunASR, which draws over the padded batch: every utterance has its own length and bound, so that
+    short clips are not wiped out, and `time_mask_max_ratio` caps each time mask at a share of the utterance.
+    Masks are 0.0, as there. Time warping is per utterance (FunASR's bicubic, left and right part).
+    """
+
+    def __init__(self, apply_time_warp=True, time_warp_window=5, time_warp_mode="bicubic", apply_freq_mask=True,
+                 freq_mask_width_range=(0, 20), num_freq_mask=2, lfr_rate=0, apply_time_mask=True,
+                 time_mask_width_range=None, time_mask_width_ratio_range=None, num_time_mask=2,
+                 time_mask_max_ratio=None):
+        super().__init__()
+        if apply_time_mask and (time_mask_width_range is None) == (time_mask_width_ratio_range is None):
+            raise ValueError("SpecAugLFR: give one of time_mask_width_range and time_mask_width_ratio_range")
+        self.warp_window = time_warp_window if apply_time_warp else 0
+        self.warp_mode = time_warp_mode
+        self.freq_range = self.as_range(freq_mask_width_range)
+        self.num_freq_mask = num_freq_mask if apply_freq_mask else 0
+        self.num_time_mask = num_time_mask if apply_time_mask else 0
+        self.time_range = self.as_range(time_mask_width_range) if time_mask_width_range is not None else None
+        self.ratio_range = self.as_range(time_mask_width_ratio_range) if time_mask_width_ratio_range else None
+        self.groups, self.max_ratio = lfr_rate + 1, time_mask_max_ratio
+
+    @staticmethod
+    def as_range(value):
+        low, high = (0, value) if isinstance(value, (int, float)) else value
+        if not high > low:
+            raise ValueError(f"SpecAugLFR: a width range needs high > low, got {value}")
+        return low, high
+
+    def forward(self, feats, lens, generator=None):
+        if not self.training:
+            return feats, lens
+        if self.warp_window:
+            feats = self.time_warp(feats, lens, generator)
+        lens_cpu = lens.cpu()
+        hidden = torch.zeros(feats.shape, dtype=torch.bool)
+        if self.num_freq_mask:
+            bins = feats.shape[2] // self.groups
+            size = torch.full_like(lens_cpu, bins)
+            widths = torch.randint(*self.freq_range, (len(feats), self.num_freq_mask), generator=generator)
+            hidden |= self.mask(widths, size, bins, generator).repeat(1, self.groups)[:, None]
+        if self.num_time_mask:
+            widths = self.time_widths(lens_cpu, generator)
+            hidden |= self.mask(widths, lens_cpu, feats.shape[1], generator)[..., None]
+        return feats.masked_fill(hidden.to(feats.device), 0.0), lens
+
+    def time_widths(self, lens, generator):
+        shape = (len(lens), self.num_time_mask)
+        if self.time_range is not None:
+            widths = torch.randint(*self.time_range, shape, generator=generator)
+        else:
+            low, high = ((lens * ratio).floor().long()[:, None] for ratio in self.ratio_range)
+            widths = (low + torch.rand(shape, generator=generator) * (high - low).clamp(min=0)).long()
+        if self.max_ratio is not None:
+            widths = torch.minimum(widths, (lens * self.max_ratio).floor().long()[:, None])
+        return widths
+
+    @staticmethod
+    def mask(widths, sizes, max_size, generator):
+        """widths (B, n) placed at random within sizes (B,) -> bool (B, max_size), True where hidden."""
+        room = (sizes - widths.max(dim=1).values).clamp(min=1)[:, None]  # one bound a row, as FunASR has one a batch
+        first = (torch.rand(widths.shape, generator=generator) * room).long()[..., None]
+        steps = torch.arange(max_size)
+        return ((steps >= first) & (steps < first + widths[..., None])).any(dim=1)
+
+    def time_warp(self, feats, lens, generator):
+        rows, window = [], self.warp_window
+        for row, length in zip(feats, lens.tolist()):
+            if length > 2 * window:
+                center = int(torch.randint(window, length - window, (1,), generator=generator))
+                warped = int(torch.randint(center - window, center + window, (1,), generator=generator)) + 1
+                parts = ((row[:center], warped), (row[center:length], length - warped))
+                parts = [F.interpolate(x[None, None], (n, x.shape[1]), mode=self.warp_mode)[0, 0] for x, n in parts]
+                row = torch.cat([*parts, row[length:]])
+            rows.append(row)
+        return torch.stack(rows)
+
+
+# ---- LLM: loading, prompt, splice, loss, decoding ---------------------------------------------------------------
+
+
+def load_llm(name, dtype=torch.float32, device="cpu", lora_r=0, lora_alpha=None, lora_targets=("q_proj", "v_proj")):
+    """Load a causal LLM and its tokenizer, frozen and in eval for good; `lora_r` > 0 adds trainable fp32 LoRA.
+
+    Output  (llm, tokenizer). llm.model returns hidden states, llm.lm_head scores them.
+    LoRA weights stay fp32 beside bf16 frozen ones; LoRA dropout is 0, since the whole LLM stays in eval.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = find_model(name)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    llm = freeze(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa"))
+    llm.identity = {"name": str(name), "weights": hash_tensors({"embed": llm.get_input_embeddings().weight})}
+    if lora_r:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        config = LoraConfig(r=lora_r, lora_alpha=lora_alpha or 2 * lora_r, target_modules=list(lora_targets))
+        llm = inject_adapter_in_model(config, llm)
+        for parameter in lora_parameters(llm).values():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+    return llm.to(device), tokenizer
+
+
+def lora_parameters(llm):
+    """{name: parameter} of the LoRA weights, empty if there are none."""
+    return {name: parameter for name, parameter in llm.named_parameters() if "lora_" in name}
+
+
+def end_of_turn(tokenizer):
+    """Id of the token that the chat template puts after an answer; trained as a label, so that generation stops."""
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": AUDIO_MARK}]
+    rest = tokenizer.apply_chat_template(turns, tokenize=False).split(AUDIO_MARK)[1]
+    ids = tokenizer(rest, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError("this tokenizer's chat template puts no token after an answer; use an instruct model")
+    return ids[0]
+
+
+def build_prompt(tokenizer, prompt, draft=None, language=None, hotwords=(), system=None):
+    """The one prompt of training and inference: a chat turn with the audio inside.
+
+    `system | user: prompt AUDIO [draft] | assistant:` is rendered with the tokenizer's own chat template (thinking
+    off) and cut at the audio.
+    Input   prompt: instruction; `{language}` in it is replaced. draft: a first transcript to be corrected, or None
+            for none. hotwords: names that may occur. system: system text ("" for an empty one, None for the
+            template's default).
+    Output  (before, after): token ids on either side of the audio.
+    """
+    if "{language}" in prompt:
+        prompt = prompt.replace("{language}", language or "")
+    if hotwords:
+        prompt = ("热词列表：[{}]\n" if is_cjk(prompt[:1]) else "Hotwords: [{}]\n").format(", ".join(hotwords)) + prompt
+    user = prompt + AUDIO_MARK + ("" if draft is None else f"\n{draft}")
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    text = tokenizer.apply_chat_template(
+        [*messages, {"role": "user", "content": user}],
+        tokenize=False, add_generation_prompt=True, enable_thinking=False,
+    )
+    before, after = text.split(AUDIO_MARK)
+    return tuple(tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
+
+
+def text_to_ids(tokenizer, text):
+    """Token ids of a transcript, without special tokens.
+
+    Latin text gets a leading space: " press one" and "one" would otherwise have two tokens for the same word, and
+    CTC would have to learn both.
+    """
+    text = text if not text or is_cjk(text[0]) else " " + text
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def splice(embed, prompts, emb, emb_lens, targets=None, pad_left=False):
+    """Put each example's audio between the two halves of its prompt, and the answer behind.
+
+        inputs  [before | audio | after | target       | pad]
+        labels  [-100   | -100  | -100  | target       | -100]
+
+    Input   embed: the LLM's input embedding module; prompts: list of (before, after) id lists; emb (B, S, D) with
+            emb_lens (B,); targets: list of id lists that end with the end-of-turn token, or None to generate.
+    Output  dict inputs_embeds (B, L, D), attention_mask (B, L), position_ids (B, L), labels (B, L) int64.
+    """
+    device = emb.device
+    targets = [[] for _ in prompts] if targets is None else targets
+    ids = [[*before, *after, *target] for (before, after), target in zip(prompts, targets)]
+    text = embed(torch.tensor([i for row in ids for i in row], device=device)).split([len(row) for row in ids])
+    rows, labels = [], []
+    for (before, after), target, words, audio, length in zip(prompts, targets, text, emb, emb_lens.tolist()):
+        cut = len(before)
+        rows.append(torch.cat([words[:cut], audio[:length].to(words.dtype), words[cut:]]))  # (L_i, D)
+        labels.append(torch.tensor([IGNORE] * (cut + length + len(after)) + list(target), device=device))
+    side = "left" if pad_left else "right"
+    lens = torch.tensor([len(row) for row in rows], device=device)
+    labels = pad_sequence(labels, True, IGNORE, padding_side=side)
+    mask = length_mask(lens, labels.shape[1])
+    mask = mask.flip(1) if pad_left else mask
+    return {
+        "inputs_embeds": pad_sequence(rows, True, 0.0, padding_side=side),
+        "attention_mask": mask.long(),
+        "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0),
+        "labels": labels,
+    }
+
+
+def transcript_loss(llm, spliced):
+    """Cross-entropy of the labels through the LLM, logits on label positions only.
+
+    Output  (sum of CE in nats, number of label tokens, number of them predicted right), all on the device.
+    """
+    inputs = {k: v for k, v in spliced.items() if k != "labels"}
+    hidden = llm.model(**inputs, use_cache=False).last_hidden_state  # (B, L, D)
+    labels = spliced["labels"][:, 1:]
+    chosen = labels != IGNORE  # position l predicts token l + 1
+    logits = llm.lm_head(hidden[:, :-1][chosen]).float()  # (label tokens, V)
+    target = labels[chosen]
+    return F.cross_entropy(logits, target, reduction="sum"), chosen.sum(), (logits.argmax(-1) == target).sum()
+
+
+@torch.no_grad()
+def greedy_decode(llm, spliced, stop_id, max_new_tokens, repetition_penalty=1.0, no_repeat_ngram_size=0):
+    """Greedy decoding from spliced embeddings (left-padded), finished rows dropped on the way.
+
+    Input   max_new_tokens: list with one cap per row (from the clip's duration). A row that repeats its last 1-8
+            tokens 4 times over is cut back to one copy: a loop is never a transcript.
+    Output  (list of id lists without the stop token, list of sums of log-probabilities).
+    """
+    from transformers import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
+    from transformers.cache_utils import DynamicCache
+
+    processors = [RepetitionPenaltyLogitsProcessor(repetition_penalty)] if repetition_penalty != 1.0 else []
+    if no_repeat_ngram_size:
+        processors.append(NoRepeatNGramLogitsProcessor(no_repeat_ngram_size))
+    device, rows = spliced["inputs_embeds"].device, len(max_new_tokens)
+    answers, scores, alive = [[] for _ in range(rows)], [0.0] * rows, list(range(rows))
+    cache, mask, position = DynamicCache(config=llm.config), spliced["attention_mask"], spliced["position_ids"]
+    step_input = {"inputs_embeds": spliced["inputs_embeds"]}
+    while alive:
+        hidden = llm.model(**step_input, attention_mask=mask, position_ids=position, past_key_values=cache,
+                           use_cache=True).last_hidden_state
+        log_probs = llm.lm_head(hidden[:, -1]).float().log_softmax(-1)  # (alive, V)
+        ranked = log_probs
+        for processor in processors:
+            ranked = processor(torch.tensor([answers[i] for i in alive], dtype=torch.long, device=device), ranked)
+        chosen = ranked.argmax(-1)
+        gained = log_probs.gather(1, chosen[:, None])[:, 0].tolist()
+        going = []
+        for slot, (row, token) in enumerate(zip(list(alive), chosen.tolist())):
+            scores[row] += gained[slot]
+            if token == stop_id:
+                continue
+            answers[row].append(token)
+            if not cut_loop(answers[row]) and len(answers[row]) < max_new_tokens[row]:
+                going.append(slot)
+        if len(going) < len(alive):
+            keep = torch.tensor(going, dtype=torch.long, device=device)
+            cache.batch_select_indices(keep)
+            mask, position, chosen, alive = mask[keep], position[keep], chosen[keep], [alive[s] for s in going]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        position = position[:, -1:] + 1
+        step_input = {"input_ids": chosen[:, None]}
+    return answers, scores
+
+
+def cut_loop(ids, longest=8, times=4):
+    """Cut a runaway loop in place: the last n <= 8 ids repeated 4 times become one copy. True if it did."""
+    for n in range(1, longest + 1):
+        if len(ids) >= n * times and all(ids[-n:] == ids[-n * (k + 1) : -n * k] for k in range(1, times)):
+            del ids[len(ids) - n * (times - 1) :]
+            return True
+    return False
+
+
+# ---- text and scoring -------------------------------------------------------------------------------------------
+
+
+def is_cjk(text):
+    """True if the first character is Chinese, Japanese or Korean (no spaces between words)."""
+    return bool(text) and bool(re.match(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]", text))
+
+
+def normalize_text(text, language=None):
+    """The one normaliser of training targets and scoring: NFKC, lower case, no punctuation, single spaces.
+
+    Apostrophes inside words stay ("don't"). In Chinese (language "zh", or CJK text) spaces go as well.
+    Numbers are left as written: "5" and "five" count as different, so spell your references one way.
+    """
+    text = unicodedata.normalize("NFKC", text).lower().replace("’", "'")
+    text = "".join(" " if unicodedata.category(c)[0] in "PSCZ" and c != "'" else c for c in text)
+    text = " ".join(word for word in (w.strip("'") for w in text.split()) if word)
+    return re.sub(r"(?<=[\u3400-\u9fff]) | (?=[\u3400-\u9fff])", "", text)
+
+
+def score_units(text, language=None):
+    """What an error rate counts: characters for Chinese, Japanese and Korean (spaces left out), else words."""
+    cjk = language in ("zh", "yue", "ja", "ko") or (language is None and any(is_cjk(c) for c in text))
+    return list(text.replace(" ", "")) if cjk else text.split()
+
+
+def error_rate(references, hypotheses, language=None, normalize=True):
+    """Corpus error rate: CER for Chinese, WER otherwise; edits summed over all pairs / reference units.
+
+    Output  dict rate, errors, substitutions, deletions, insertions, units (0 units: rate 0 or inf).
+    Raises  ValueError if the lists differ in length.
+    """
+    if len(references) != len(hypotheses):
+        raise ValueError(f"{len(references)} references but {len(hypotheses)} hypotheses")
+    total = {"substitutions": 0, "deletions": 0, "insertions": 0, "units": 0}
+    for reference, hypothesis in zip(references, hypotheses):
+        if normalize:
+            reference, hypothesis = normalize_text(reference, language), normalize_text(hypothesis, language)
+        cjk = language or ("zh" if any(is_cjk(c) for c in reference) else "en")  # the reference decides for both
+        reference, hypothesis = score_units(reference, cjk), score_units(hypothesis, cjk)
+        total["units"] += len(reference)
+        for operation in Levenshtein.editops(reference, hypothesis):
+            total[{"replace": "substitutions", "delete": "deletions", "insert": "insertions"}[operation.tag]] += 1
+    errors = total["substitutions"] + total["deletions"] + total["insertions"]
+    rate = errors / total["units"] if total["units"] else (math.inf if errors else 0.0)
+    return {"rate": rate, "errors": errors} | total
+
+
+# ---- manifests --------------------------------------------------------------------------------------------------
+
+
+def read_manifest(spec):
+    """Read a list of utterances from any of the accepted forms.
+
+    spec    a JSONL file (ours: key, source, target, optional language, prompt, hotwords; FunASR's `messages` too),
+            a folder with Kaldi's wav.scp and text, or an AISHELL-1 folder with its part: `data_aishell:train`.
+    Output  list of dicts key, source (path), target, where ("train.jsonl:17"), and whatever else a row carries.
+    Raises  ValueError naming file, line and field; a source that does not exist is found later, clip by clip.
+    """
+    folder, _, part = str(spec).rpartition(":")
+    if folder and Path(folder).is_dir():
+        rows = read_aishell(Path(folder), part)
+    elif Path(spec).is_dir():
+        rows = read_kaldi(Path(spec))
+    elif Path(spec).is_file():
+        rows = read_jsonl(Path(spec))
+    else:
+        raise ValueError(f"{spec}: no such manifest; give a .jsonl, a Kaldi folder or data_aishell:train")
+    seen = {}
+    for row in rows:
+        if row["key"] in seen:
+            raise ValueError(f"{row['where']}: key {row['key']!r} already stands at {seen[row['key']]}; keys are unique")
+        seen[row["key"]] = row["where"]
+    if not rows:
+        raise ValueError(f"{spec}: holds no utterances")
+    return rows
+
+
+def read_jsonl(path):
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{path.name}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: broken JSON ({error.msg} at column {error.colno})") from error
+        if isinstance(row, dict) and "messages" in row:
+            row = funasr_row(row, where, number)
+        for field in ("key", "source", "target"):
+            if not isinstance(row, dict) or not isinstance(row.get(field), str):
+                raise ValueError(f"{where}: field {field!r} is missing or not a string; every line needs key, source, target")
+        rows.append(row | {"source": str(path.parent / row["source"]), "where": where})
+    return rows
+
+
+def funasr_row(row, where, number):
+    """FunASR's chat format: the audio is `!path` between <|startofspeech|> and <|endofspeech|>."""
+    turns = {turn.get("role"): turn.get("content", "") for turn in row["messages"]}
+    audio = re.search(r"<\|startofspeech\|>!?(.*?)<\|endofspeech\|>", turns.get("user", ""))
+    if not audio or "assistant" not in turns:
+        raise ValueError(f"{where}: `messages` needs a user turn with <|startofspeech|>!path<|endofspeech|> and an answer")
+    extra = {k: v for k, v in row.items() if k in ("key", "language", "hotwords")}
+    return {"key": f"{Path(audio[1]).stem}-{number}", "source": audio[1], "target": turns["assistant"]} | extra
+
+
+def read_kaldi(folder):
+    tables = {}
+    for name in ("wav.scp", "text"):
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{folder}: a Kaldi folder needs wav.scp and text; {name} is not there")
+        lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        tables[name] = [(n, *line.split(maxsplit=1)) for n, line in lines if line.strip()]
+    texts = {row[1]: row[2] if len(row) > 2 else "" for row in tables["text"]}
+    rows = []
+    for number, key, *source in tables["wav.scp"]:
+        where = f"wav.scp:{number}"
+        if not source or source[0].rstrip().endswith("|"):
+            raise ValueError(f"{where}: {key} needs a plain path (pipes are not run)")
+        if key not in texts:
+            raise ValueError(f"{where}: {key} has no line in {folder / 'text'}")
+        rows.append({"key": key, "source": str(folder / source[0]), "target": texts[key], "where": where})
+    return rows
+
+
+def read_aishell(folder, part):
+    """AISHELL-1 as it unpacks. Utterances without a transcript (there are a few) are named and left out."""
+    path = folder / "transcript" / "aishell_transcript_v0.8.txt"
+    if not path.is_file():
+        raise ValueError(f"{folder}: not an AISHELL-1 folder, {path} is not there")
+    lines = (line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    texts = {key: "".join(text[0].split()) if text else "" for key, *text in lines}
+    waves = sorted((folder / "wav" / part).glob("*/*.wav"))
+    without = [wave.stem for wave in waves if not texts.get(wave.stem)]
+    if without:
+        print(f"{folder}:{part}: {len(without)} of {len(waves)} utterances have no transcript, left out: "
+              f"{', '.join(without[:5])}{' ...' if len(without) > 5 else ''}")
+    return [
+        {"key": wave.stem, "source": str(wave), "target": texts[wave.stem], "language": "zh", "where": str(wave)}
+        for wave in waves
+        if texts.get(wave.stem)
+    ]
