@@ -279,6 +279,11 @@ def hash_tensors(tensors):
     return digest.hexdigest()[:16]
 
 
+def hash_text(value):
+    """Short sha256 of anything JSON can write: the identity of a list or a setting."""
+    return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
 def find_model(name):
     """Folder of a model: `name` itself if it is one, else a download by hub name (only then is the net used)."""
     if Path(name).is_dir():
@@ -759,6 +764,20 @@ def load_llm(name, dtype=torch.float32, device="cpu", lora_r=0, lora_alpha=None,
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
     return llm.to(device), tokenizer
+
+
+def load_embedding(name):
+    """The LLM's input embedding table (V, D) fp32 and its tokenizer, without loading the LLM."""
+    from safetensors import safe_open
+    from transformers import AutoTokenizer
+
+    folder, tensor = find_model(name), "model.embed_tokens.weight"
+    index = folder / "model.safetensors.index.json"
+    file = json.loads(index.read_text(encoding="utf-8"))["weight_map"][tensor] if index.is_file() else "model.safetensors"
+    if not (folder / file).is_file():
+        raise ValueError(f"{folder}: has no {file}; earshot reads safetensors only")
+    with safe_open(folder / file, framework="pt") as weights:
+        return weights.get_tensor(tensor).float(), AutoTokenizer.from_pretrained(folder)
 
 
 def lora_parameters(llm):

@@ -1,0 +1,329 @@
+"""Stage 0: run the frozen encoder once over every clip and keep its outputs, so that training never waits for audio.
+
+    python precompute.py configs/precompute.yaml [key=value ...]
+    torchrun --nproc_per_node 4 precompute.py configs/precompute.yaml        # GPUs share the work
+
+Input   manifests (`data.train`, `data.valid`, `data.test`; several are separated by commas).
+Output  cache.dir/shard-00000.npy   fp16 (frames, W), the clips of one shard one after the other, memory-mappable
+        cache.dir/shard-00000.json  for each clip its key, first row, number of frames, seconds; clips left out
+        cache.dir/cache.json        the encoder's identity (hash of weights, front end), frame_ms, width
+        cache.dir/bad.jsonl         every clip that could not be used, with the reason
+A shard is written whole or not at all, and what goes into it is a pure function of the manifests, so a run that was
+killed at any moment completes to the same bytes when it is started again.
+
+Cost    2 bytes x W a frame: SenseVoice's 512 x 16.7 Hz makes 11 GB of AISHELL-1's 178 h. Never a file per clip.
+Read    the field's usual way is a forward hook, one clip at a time, one .pt file each; `bench.py` compares.
+"""
+
+import difflib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+from tqdm import tqdm
+
+import model
+
+DEFAULTS = {
+    "data.train": "",  # manifest(s): .jsonl, Kaldi folder or data_aishell:train; several separated by commas
+    "data.valid": "",
+    "data.test": "",
+    "data.speed": [1.0],  # training clips are cached once per factor; keys get "@0.9" for factors other than 1
+    "data.max_bad": 100,  # stop when more clips than this cannot be used
+    "data.min_s": 0.1,  # clips shorter or longer than this are left out and counted
+    "data.max_s": 40.0,
+    "encoder.name": ...,  # hub name or folder
+    "encoder.language": "auto",  # SenseVoice: auto, zh, en, yue, ja, ko
+    "encoder.text_norm": "woitn",  # SenseVoice: woitn or withitn
+    "encoder.pad_to_30s": False,  # Whisper: pad to 30 s as in its training, instead of clip length
+    "adaptor.keep_query_frames": False,  # SenseVoice: keep the 4 query frames, for the published adaptor
+    "cache.dir": ...,
+    "cache.shard_clips": 2048,  # clips per shard; a killed run repeats at most one shard per process
+    "batch_s": 240.0,  # padded seconds of audio per encoder batch
+    "workers": 2,  # processes that read audio and compute features
+    "seed": 0,
+    "device": "auto",  # auto, cpu, cuda
+    "dtype": "auto",  # auto: bf16 on a GPU, fp32 on a CPU
+}
+
+
+# ---- configuration (the same lines in every script; tests/test_copies.py) ---------------------------------------
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """YAML loader that refuses a key given twice; PyYAML itself silently keeps the last."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"{node.start_mark.name}:{node.start_mark.line + 1}: key {key!r} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+def load_config(arguments, defaults):
+    """[config.yaml] key=value ... -> flat dict with every key of `defaults`; ValueError names file and nearest key."""
+    given = []  # (where, key, value), later ones win
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals:
+            given.append((f"argument {argument}", key.strip(), yaml.safe_load(value) if value else ""))
+            continue
+        if not Path(argument).is_file():
+            raise ValueError(f"{argument}: no such config file")
+        with open(argument, encoding="utf-8") as file:
+            tree = yaml.load(file, UniqueKeyLoader) or {}
+        if not isinstance(tree, dict):
+            raise ValueError(f"{argument}: expected `section:` or `key: value` lines")
+        stack = [("", tree)]
+        while stack:  # sections flatten into dotted keys
+            prefix, section = stack.pop()
+            for name, value in section.items():
+                dotted = f"{prefix}{name}"
+                if isinstance(value, dict):
+                    stack.append((f"{dotted}.", value))
+                else:
+                    given.append((argument, dotted, value))
+    config = dict(defaults)
+    for where, key, value in given:
+        if key not in defaults:
+            nearest = difflib.get_close_matches(key, defaults, 1, 0.0)[0]
+            raise ValueError(f"{where}: unknown key {key!r}; did you mean {nearest!r}? (--help lists all)")
+        config[key] = convert(value, defaults[key], f"{where}: {key}")
+    missing = [key for key, value in config.items() if value is ...]
+    if missing:
+        raise ValueError(f"required key not given: {', '.join(missing)}")
+    return config
+
+
+def convert(value, default, where):
+    """Bring a YAML value to the type of its default: PyYAML reads 1e-4 as a string and `no` as False."""
+    if isinstance(default, list):
+        items = value if isinstance(value, list) else [part.strip() for part in str(value).split(",")]
+        return [convert(item, default[0], where) for item in items] if default else items
+    kind = str if default is ... or default is None else type(default)
+    if value is None or isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return "" if value is None and kind is str else value
+    try:
+        if kind is bool or isinstance(value, (bool, list, dict)):
+            raise ValueError
+        return kind(value)
+    except ValueError:
+        raise ValueError(f"{where}: expected {kind.__name__}, got {value!r} ({type(value).__name__})") from None
+
+
+def run_main(main, defaults, doc):
+    """Command line of a script: --help, one-line errors for what the user can mend, exit status 2."""
+    if any(argument in ("-h", "--help") for argument in sys.argv[1:]):
+        width = max(len(key) for key in defaults)
+        lines = (f"  {key:{width}}  {'(required)' if value is ... else value!r}" for key, value in defaults.items())
+        print(doc.strip(), "\n\nKeys and defaults:", *lines, sep="\n")
+        return
+    try:
+        main(load_config(sys.argv[1:], defaults))
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def pick_device(cfg):
+    """Device and dtype of the frozen weights; under torchrun also joins the process group."""
+    kind = cfg["device"]
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch sees no GPU here; use device=cpu, or check the driver with nvidia-smi")
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
+    if kind == "cuda":
+        kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(kind)
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    names["auto"] = torch.bfloat16 if kind.startswith("cuda") else torch.float32
+    if cfg["dtype"] not in names:
+        raise ValueError(f"dtype: expected one of {', '.join(names)}, got {cfg['dtype']!r}")
+    return torch.device(kind), names[cfg["dtype"]]
+
+
+def rank_and_world():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def write_atomic(path, write):
+    """Call `write(file)` on a temporary file, fsync, then rename: a kill or a full disk leaves the old file whole."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(f"{path}: could not be written ({error.strerror}); what was there before is unchanged") from error
+        raise
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype != torch.float32)
+
+
+# ---- what is to be encoded --------------------------------------------------------------------------------------
+
+
+def list_clips(cfg):
+    """Rows of all manifests, training rows once per speed, in a fixed order; a key may have one source only."""
+    clips = {}
+    for part in ("train", "valid", "test"):
+        for spec in filter(None, cfg[f"data.{part}"].split(",")):
+            for row in model.read_manifest(spec.strip()):
+                for speed in cfg["data.speed"] if part == "train" else [1.0]:
+                    key = row["key"] if speed == 1.0 else f"{row['key']}@{speed}"
+                    clip = {"key": key, "source": row["source"], "speed": speed}
+                    if clips.setdefault(key, clip) != clip:
+                        raise ValueError(f"{spec}: {row['where']}: key {key!r} also names {clips[key]['source']}")
+    if not clips:
+        raise ValueError("nothing to encode: give data.train, data.valid or data.test")
+    return list(clips.values())
+
+
+class Clips(torch.utils.data.Dataset):
+    """clip -> (clip, features or None, seconds, reason): audio and features are made in worker processes."""
+
+    def __init__(self, clips, encoder, min_s, max_s):
+        self.clips, self.encoder, self.min_s, self.max_s = clips, encoder, min_s, max_s
+
+    def __len__(self):
+        return len(self.clips)
+
+    def __getitem__(self, index):
+        torch.set_num_threads(1)
+        clip, rate, seconds = self.clips[index], self.encoder.sample_rate, 0.0
+        try:
+            wave = model.change_speed(model.load_audio(clip["source"], rate), clip["speed"], rate)
+            seconds = len(wave) / rate
+            if not self.min_s <= seconds <= self.max_s:
+                raise model.AudioError(f"{seconds:.2f} s is outside data.min_s..max_s ({self.min_s:g}..{self.max_s:g})")
+            return clip, self.encoder.features(wave, clip["key"]), seconds, ""
+        except model.AudioError as error:
+            return clip, None, seconds, str(error)
+
+
+# ---- encoding ---------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def encode_shard(clips, encoder, cfg, device, dtype, bar):
+    """Encode one shard's clips. Output: fp16 (frames, W), index rows in that order, bad rows."""
+    loader = torch.utils.data.DataLoader(
+        Clips(clips, encoder, cfg["data.min_s"], cfg["data.max_s"]), batch_size=None, num_workers=cfg["workers"],
+        multiprocessing_context="fork" if cfg["workers"] else None,  # workers share the encoder's memory
+    )
+    loaded, bad = [], []
+    for clip, feats, seconds, reason in loader:
+        if reason:
+            bad.append({"key": clip["key"], "source": clip["source"], "reason": reason})
+        else:
+            loaded.append((clip, feats, seconds))
+        bar.update(1)
+    loaded.sort(key=lambda item: (len(item[1]), item[0]["key"]))  # neighbours of like length: little padding
+    outputs, index, first = [], [], 0
+    while loaded:
+        batch = [loaded.pop()]
+        while loaded and (len(batch) + 1) * batch[0][2] <= cfg["batch_s"]:
+            batch.append(loaded.pop())
+        lens = torch.tensor([len(feats) for _, feats, _ in batch])
+        feats = torch.nn.utils.rnn.pad_sequence([feats for _, feats, _ in batch], batch_first=True)  # (B, T, F)
+        with autocast(device, dtype):
+            enc, enc_lens = encoder(feats.to(device), lens.to(device))  # (B, T', W)
+        enc = enc.to(torch.float16).cpu()
+        for row, length, (clip, _, seconds) in zip(enc, enc_lens.tolist(), batch):
+            if not torch.isfinite(row[:length]).all():
+                bad.append({"key": clip["key"], "source": clip["source"], "reason": "encoder output is not finite"})
+                continue
+            outputs.append(row[:length].numpy())
+            index.append({"key": clip["key"], "first": first, "frames": length, "seconds": round(seconds, 3)})
+            first += length
+    frames = np.concatenate(outputs) if outputs else np.zeros((0, encoder.width), np.float16)
+    return frames, index, bad
+
+
+def check_cache(folder, identity):
+    """Refuse to add to a cache that was made with another encoder or front end."""
+    path = folder / "cache.json"
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if differing := [k for k in identity if k != "encoder.name" and found.get(k) != identity[k]]:
+            raise ValueError(
+                f"{folder}: this cache was made with another {', '.join(differing)} (there "
+                f"{', '.join(f'{k}={found.get(k)}' for k in differing)}); give another cache.dir or delete this one"
+            )
+
+
+def main(cfg):
+    started = time.time()
+    device, dtype = pick_device(cfg)
+    rank, world = rank_and_world()
+    clips = list_clips(cfg)
+    encoder = model.load_encoder(cfg["encoder.name"], cfg["encoder.language"], cfg["encoder.text_norm"],
+                                 cfg["adaptor.keep_query_frames"], cfg["encoder.pad_to_30s"]).to(device)
+    size = cfg["cache.shard_clips"]
+    shards = [clips[start : start + size] for start in range(0, len(clips), size)]
+    identity = {f"encoder.{key}": value for key, value in encoder.identity.items()}
+    identity |= {"format": 1, "clips": model.hash_text([[c["key"], c["speed"]] for c in clips]), "shard_clips": size}
+    folder = Path(cfg["cache.dir"])
+    folder.mkdir(parents=True, exist_ok=True)
+    check_cache(folder, identity)
+    if rank == 0:
+        write_atomic(folder / "cache.json", lambda file: file.write(json.dumps(identity, indent=1).encode()))
+        print(f"{len(clips)} clips in {len(shards)} shards -> {folder} | {cfg['encoder.name']} W={encoder.width} "
+              f"{encoder.frame_ms:g} ms | {device} {dtype} | torch {torch.__version__}", flush=True)
+    n_bad, mine = 0, range(rank, len(shards), world)
+    bar = tqdm(total=sum(len(shards[number]) for number in mine), unit="clip", disable=rank != 0 or None)
+    for number in mine:
+        path = folder / f"shard-{number:05d}.json"
+        if path.is_file():
+            shard = json.loads(path.read_text(encoding="utf-8"))
+            bar.update(len(shards[number]))
+        else:
+            frames, index, bad = encode_shard(shards[number], encoder, cfg, device, dtype, bar)
+            shard = {"clips": index, "bad": bad, "frames": len(frames)}
+            write_atomic(path.with_suffix(".npy"), lambda file, frames=frames: np.save(file, frames))
+            write_atomic(path, lambda file, shard=shard: file.write(json.dumps(shard).encode()))  # last: marks it done
+        n_bad += len(shard["bad"])
+        if n_bad > cfg["data.max_bad"]:
+            worst = shard["bad"][-1]
+            raise ValueError(f"{n_bad} clips cannot be used, more than data.max_bad={cfg['data.max_bad']}; "
+                             f"the last is {worst['key']}: {worst['reason']}")
+    bar.close()
+    if world > 1:
+        dist.barrier()
+    if rank == 0:
+        finish(folder, shards, started)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def finish(folder, shards, started):
+    """Write bad.jsonl and say what the cache holds."""
+    parts = [json.loads((folder / f"shard-{n:05d}.json").read_text(encoding="utf-8")) for n in range(len(shards))]
+    bad = [row for part in parts for row in part["bad"]]
+    write_atomic(folder / "bad.jsonl", lambda file: file.writelines(json.dumps(row).encode() + b"\n" for row in bad))
+    hours = sum(clip["seconds"] for part in parts for clip in part["clips"]) / 3600
+    seconds = time.time() - started
+    print(f"cached {sum(len(part['clips']) for part in parts)} clips, {hours:.2f} h, {sum(p['frames'] for p in parts)} "
+          f"frames; {len(bad)} left out (bad.jsonl); {seconds:.0f} s, {hours * 3600 / seconds:.0f} audio s per s")
+    for row in bad[:5]:
+        print(f"  left out: {row['key']}: {row['reason']}")
+
+
+if __name__ == "__main__":
+    run_main(main, DEFAULTS, __doc__)

@@ -1,0 +1,629 @@
+"""Stage 1: align the adaptor with the LLM's embedding space, without running the LLM.
+
+    python train_phase1.py configs/phase1.yaml [key=value ...]
+    torchrun --nproc_per_node 4 train_phase1.py configs/phase1.yaml
+
+Two losses, each with a weight, on cached encoder outputs:
+  InfoNCE  the mean of a clip's adaptor outputs must be nearer to the mean embedding of its own transcript than to
+           those of the other clips in the batch, and the other way round; learnable temperature; clips with equal
+           transcripts are not each other's negatives; under torchrun negatives come from all GPUs.
+  CTC      every adaptor position is scored against the LLM's own token embeddings plus a learned blank. InfoNCE
+           says what is in the clip, CTC also says in which order; with minutes of speech it makes the difference.
+
+Input   cache of `precompute.py` (cache.dir), manifests with the same keys, the LLM's embedding table and tokenizer.
+Output  run.dir/adaptor_cached.pt  plain state dict of the adaptor at its best validation score
+        run.dir/ctc_head.pt        plain state dict of the CTC head (if loss.ctc_weight > 0)
+        run.dir/last.pt            everything that resuming needs; run.dir/metrics.jsonl and TensorBoard events
+Papers  InfoNCE arXiv:1807.03748, as in CLIP arXiv:2103.00020; CTC Graves et al. 2006.
+Logged  loss (weighted sum, nats), nce and ctc (nats per clip), r1_a2t / r1_t2a / r5_* (share of held-out clips whose own
+        transcript is the nearest / among the 5 nearest, over `pool` texts), ctc_er (error rate of the greedy CTC
+        read-out), temperature, lr, grad_norm, audio_s_per_s.
+"""
+
+import difflib
+import json
+import math
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import yaml
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import model
+
+DEFAULTS = {
+    "cache.dir": ...,  # made by precompute.py
+    "data.train": ...,  # manifests, separated by commas
+    "data.valid": ...,
+    "data.repeat": [1],  # how often each training manifest counts per epoch, one number for each
+    "data.speed": [1.0],  # use the copies that precompute.py made at these speeds
+    "data.normalize": True,  # train on normalised text (lower case, no punctuation), as scoring does
+    "llm.name": ...,  # only its embedding table and tokenizer are read
+    "adaptor.hidden_dim": 2048,
+    "adaptor.num_layers": 4,
+    "adaptor.num_heads": 8,
+    "adaptor.dropout": 0.1,
+    "adaptor.stack": 1,  # encoder frames per LLM position
+    "adaptor.pre_norm": False,
+    "adaptor.keep_query_frames": False,
+    "loss.contrastive_weight": 1.0,
+    "loss.ctc_weight": 0.0,
+    "loss.temperature": 0.07,  # start value; learned
+    "ctc.vocab": "train",  # train: tokens of the training transcripts; all: the LLM's whole vocabulary
+    "augment.time_masks": 0,  # spans of encoder frames set to zero, per clip
+    "augment.time_mask_frames": 12,  # longest span
+    "batch_clips": 256,  # pairs per process and step; InfoNCE has this many (times GPUs) candidates
+    "optim.lr": 1e-4,  # peak
+    "optim.weight_decay": 0.01,  # on matrices, not on norms and biases
+    "optim.warmup_steps": 500,
+    "optim.schedule": "cosine",  # cosine (to 0) or constant, after the warm-up
+    "optim.clip": 1.0,
+    "optim.accum": 1,  # micro-batches per step; they add no negatives
+    "optim.epochs": 10,
+    "optim.max_steps": 0,  # > 0: exactly so many steps, whatever epochs says
+    "run.dir": ...,
+    "run.resume": False,
+    "run.save_every": 500,  # steps
+    "run.valid_every": 500,
+    "run.log_every": 50,
+    "seed": 0,
+    "device": "auto",
+    "dtype": "auto",  # autocast; trainable weights are fp32 always
+}
+
+
+# ---- configuration (the same lines in every script; tests/test_copies.py) ---------------------------------------
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """YAML loader that refuses a key given twice; PyYAML itself silently keeps the last."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"{node.start_mark.name}:{node.start_mark.line + 1}: key {key!r} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+def load_config(arguments, defaults):
+    """[config.yaml] key=value ... -> flat dict with every key of `defaults`; ValueError names file and nearest key."""
+    given = []  # (where, key, value), later ones win
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals:
+            given.append((f"argument {argument}", key.strip(), yaml.safe_load(value) if value else ""))
+            continue
+        if not Path(argument).is_file():
+            raise ValueError(f"{argument}: no such config file")
+        with open(argument, encoding="utf-8") as file:
+            tree = yaml.load(file, UniqueKeyLoader) or {}
+        if not isinstance(tree, dict):
+            raise ValueError(f"{argument}: expected `section:` or `key: value` lines")
+        stack = [("", tree)]
+        while stack:  # sections flatten into dotted keys
+            prefix, section = stack.pop()
+            for name, value in section.items():
+                dotted = f"{prefix}{name}"
+                if isinstance(value, dict):
+                    stack.append((f"{dotted}.", value))
+                else:
+                    given.append((argument, dotted, value))
+    config = dict(defaults)
+    for where, key, value in given:
+        if key not in defaults:
+            nearest = difflib.get_close_matches(key, defaults, 1, 0.0)[0]
+            raise ValueError(f"{where}: unknown key {key!r}; did you mean {nearest!r}? (--help lists all)")
+        config[key] = convert(value, defaults[key], f"{where}: {key}")
+    missing = [key for key, value in config.items() if value is ...]
+    if missing:
+        raise ValueError(f"required key not given: {', '.join(missing)}")
+    return config
+
+
+def convert(value, default, where):
+    """Bring a YAML value to the type of its default: PyYAML reads 1e-4 as a string and `no` as False."""
+    if isinstance(default, list):
+        items = value if isinstance(value, list) else [part.strip() for part in str(value).split(",")]
+        return [convert(item, default[0], where) for item in items] if default else items
+    kind = str if default is ... or default is None else type(default)
+    if value is None or isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return "" if value is None and kind is str else value
+    try:
+        if kind is bool or isinstance(value, (bool, list, dict)):
+            raise ValueError
+        return kind(value)
+    except ValueError:
+        raise ValueError(f"{where}: expected {kind.__name__}, got {value!r} ({type(value).__name__})") from None
+
+
+def run_main(main, defaults, doc):
+    """Command line of a script: --help, one-line errors for what the user can mend, exit status 2."""
+    if any(argument in ("-h", "--help") for argument in sys.argv[1:]):
+        width = max(len(key) for key in defaults)
+        lines = (f"  {key:{width}}  {'(required)' if value is ... else value!r}" for key, value in defaults.items())
+        print(doc.strip(), "\n\nKeys and defaults:", *lines, sep="\n")
+        return
+    try:
+        main(load_config(sys.argv[1:], defaults))
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def pick_device(cfg):
+    """Device and dtype of the frozen weights; under torchrun also joins the process group."""
+    kind = cfg["device"]
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch sees no GPU here; use device=cpu, or check the driver with nvidia-smi")
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
+    if kind == "cuda":
+        kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(kind)
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    names["auto"] = torch.bfloat16 if kind.startswith("cuda") else torch.float32
+    if cfg["dtype"] not in names:
+        raise ValueError(f"dtype: expected one of {', '.join(names)}, got {cfg['dtype']!r}")
+    return torch.device(kind), names[cfg["dtype"]]
+
+
+def rank_and_world():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def write_atomic(path, write):
+    """Call `write(file)` on a temporary file, fsync, then rename: a kill or a full disk leaves the old file whole."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(f"{path}: could not be written ({error.strerror}); what was there before is unchanged") from error
+        raise
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype != torch.float32)
+
+
+# ---- data: the cache of precompute.py, and the order of batches (the same lines in both training scripts) ----------
+
+
+class EncoderCache:
+    """Encoder outputs by key, memory-mapped: cache[key] -> (T, W) fp16 array."""
+
+    def __init__(self, folder):
+        folder = Path(folder)
+        if not (folder / "cache.json").is_file():
+            raise ValueError(f"{folder}: no cache here; run precompute.py with cache.dir={folder} first")
+        self.identity = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
+        self.width, self.frame_ms = self.identity["encoder.width"], self.identity["encoder.frame_ms"]
+        self.shards, self.clips, self.bad = [], {}, {}
+        for path in sorted(folder.glob("shard-*.json")):
+            shard = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                frames = np.load(path.with_suffix(".npy"), mmap_mode="r")
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{path.with_suffix('.npy')}: unreadable or truncated ({error}); delete {path.name} "
+                                 "and run precompute.py again") from error
+            if frames.shape != (shard["frames"], self.width):
+                raise ValueError(f"{path.with_suffix('.npy')}: holds {frames.shape}, its index says "
+                                 f"{(shard['frames'], self.width)}; delete both and run precompute.py again")
+            self.clips |= {clip["key"]: (len(self.shards), clip) for clip in shard["clips"]}
+            self.bad |= {row["key"]: row["reason"] for row in shard["bad"]}
+            self.shards.append(frames)
+
+    def __getitem__(self, key):
+        shard, clip = self.clips[key]
+        return self.shards[shard][clip["first"] : clip["first"] + clip["frames"]]
+
+
+def read_utterances(specs, cache, tokenizer, normalize, speeds=(1.0,), repeat=(1,)):
+    """Manifests -> utterances that the cache holds: key, target, ids (LLM tokens), frames, seconds, language.
+
+    Clips that precompute.py left out are left out here too and counted; empty transcripts likewise. A key that the
+    cache has never seen means that the cache belongs to another manifest: ValueError.
+    """
+    specs = [spec.strip() for spec in specs.split(",") if spec.strip()]
+    if len(repeat) not in (1, len(specs)):
+        raise ValueError(f"data.repeat has {len(repeat)} numbers for {len(specs)} manifests; give one for each")
+    utterances, left_out = [], []
+    for number, spec in enumerate(specs):
+        for row in model.read_manifest(spec):
+            target = model.normalize_text(row["target"], row.get("language")) if normalize else row["target"].strip()
+            ids = model.text_to_ids(tokenizer, target)
+            for speed in speeds:
+                key = row["key"] if speed == 1.0 else f"{row['key']}@{speed}"
+                if key in cache.bad or not ids:
+                    left_out.append((key, cache.bad.get(key, "empty transcript")))
+                    continue
+                if key not in cache.clips:
+                    raise ValueError(f"{row['where']}: {key} is not in the cache; run precompute.py over this manifest")
+                clip = cache.clips[key][1]
+                utterance = {"key": key, "target": target, "ids": ids, "frames": clip["frames"],
+                             "seconds": clip["seconds"], "language": row.get("language")}
+                utterances += [utterance] * repeat[number % len(repeat)]
+    if left_out:
+        print(f"{', '.join(specs)}: {len(left_out)} clips left out, first {left_out[0][0]}: {left_out[0][1]}")
+    if not utterances:
+        raise ValueError(f"{', '.join(specs)}: no usable utterance")
+    return utterances
+
+
+def cut_batches(order, lengths, size, budget, world):
+    """Cut indices (sorted by length) into batches of at most `size` clips and `budget` padded frames, per process."""
+    batches, batch, longest = [], [], 0
+    for index in order:
+        longest = max(longest, lengths[index])
+        if batch and (len(batch) + 1 > size * world or longest * (len(batch) + 1) > budget * world):
+            batches.append(batch)
+            batch, longest = [], lengths[index]
+        batch.append(index)
+    if batches and len(batch) < world:  # too few for every process to have one
+        batches[-1] += batch
+    else:
+        batches.append(batch)
+    return batches
+
+
+def epoch_batches(lengths, size, budget, world, seed, epoch):
+    """Batches of one epoch, a pure function of seed and epoch: neighbours in length, in shuffled order.
+
+    The longest batch comes first: if memory does not suffice, the run ends in its first step and not in its last.
+    """
+    rng = random.Random(f"{seed}-{epoch}")
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    pool = 32 * size * world
+    batches = []
+    for start in range(0, len(order), pool):
+        batches += cut_batches(sorted(order[start : start + pool], key=lengths.__getitem__), lengths, size, budget, world)
+    rng.shuffle(batches)
+    if epoch == 0:
+        worst = max(range(len(batches)), key=lambda b: len(batches[b]) * max(lengths[i] for i in batches[b]))
+        batches.insert(0, batches.pop(worst))
+    return batches
+
+
+def load_frames(utterances, cache, cfg, seed=None):
+    """Cached encoder outputs of one batch: enc (B, T, W) fp32, lens (B,). seed: mask spans of time, for training."""
+    rows = []
+    for utterance in utterances:
+        row = torch.from_numpy(np.array(cache[utterance["key"]], dtype=np.float32))  # (T, W)
+        if seed is not None and cfg["augment.time_masks"]:
+            rng = random.Random(f"{seed}-{utterance['key']}")
+            for _ in range(cfg["augment.time_masks"]):
+                width = min(rng.randint(0, cfg["augment.time_mask_frames"]), len(row) // 4)
+                first = rng.randint(0, len(row) - width)
+                row[first : first + width] = 0.0
+        rows.append(row)
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
+
+
+# ---- bookkeeping of a training run (the same lines in both training scripts) ----------------------------------------
+
+
+def learning_rate(step, total, cfg):
+    """Linear warm-up over steps 0..warmup-1, then cosine to 0 or constant: a pure function of the step."""
+    warmup = cfg["optim.warmup_steps"]
+    if step < warmup:
+        return cfg["optim.lr"] * (step + 1) / warmup
+    if cfg["optim.schedule"] == "constant":
+        return cfg["optim.lr"]
+    return cfg["optim.lr"] * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def make_optimizer(module, cfg, device):
+    """AdamW without weight decay on vectors (norms, biases, scales); fused on a GPU."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trainable if p.ndim > 1], "weight_decay": cfg["optim.weight_decay"]},
+              {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg["optim.lr"], betas=(0.9, 0.98), fused=device.type == "cuda")
+
+
+def open_run(cfg, rank):
+    """Make run.dir, or open it again to resume. Output: content of last.pt, or None.
+
+    A folder with results in it is refused unless run.resume is set: two runs would mix their files.
+    """
+    folder = Path(cfg["run.dir"])
+    folder.mkdir(parents=True, exist_ok=True)
+    last = folder / "last.pt"
+    if not cfg["run.resume"]:
+        if (folder / "metrics.jsonl").exists() or last.exists():
+            raise ValueError(f"{folder}: already holds a run; give another run.dir, or run.resume=true to go on with it")
+        state = None
+    elif last.exists():
+        state = torch.load(last, map_location="cpu", weights_only=True)
+        changed = [f"{k}: {v!r} -> {cfg[k]!r}" for k, v in state["config"].items() if k in cfg and cfg[k] != v]
+        if rank == 0:
+            print(f"resuming at step {state['step']}; changed: {', '.join(changed) or 'nothing'}")
+    else:
+        state = None  # killed before its first checkpoint: start again from nothing
+    if rank == 0:
+        write_atomic(folder / "config.yaml", lambda file: file.write(yaml.safe_dump(cfg, sort_keys=False).encode()))
+    return state
+
+
+def trim_metrics(path, step):
+    """Drop the lines that a killed run wrote after its last checkpoint; they will be written again."""
+    if path.exists():
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
+        write_atomic(path, lambda file: file.writelines(line.encode() for line in kept))
+
+
+def log_metrics(path, writer, step, values):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step} | {k: round(float(v), 6) for k, v in values.items()}) + "\n")
+    for name, value in values.items():
+        writer.add_scalar(name, value, step)
+
+
+# ---- losses -----------------------------------------------------------------------------------------------------
+
+
+def gather_rows(x):
+    """Concatenate rows (B_r, D) of all processes; gradients flow back to where a row came from."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return x, 0
+    sizes = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(world)]
+    dist.all_gather(sizes, torch.tensor([len(x)], device=x.device))
+    sizes = [int(size) for size in sizes]
+    padded = F.pad(x, (0, 0, 0, max(sizes) - len(x)))
+    parts = torch.distributed.nn.functional.all_gather(padded) if x.requires_grad else gather_plain(padded, world)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes)]), sum(sizes[:rank])
+
+
+def gather_plain(x, world):
+    parts = [torch.zeros_like(x) for _ in range(world)]
+    dist.all_gather(parts, x.contiguous())
+    return parts
+
+
+def info_nce(audio, text, text_ids, temperature):
+    """Symmetric InfoNCE of this process's pairs against all processes' pairs.
+
+    Input   audio, text (B, D) unit vectors, text_ids (B, 1) equal for equal transcripts, temperature scalar.
+    Output  sum over the B pairs of (audio->text + text->audio) / 2, in nats. Pairs with equal transcripts are taken
+            out of each other's denominators.
+    """
+    all_audio, offset = gather_rows(audio)
+    all_text, _ = gather_rows(text)
+    all_ids, _ = gather_rows(text_ids)
+    own = torch.arange(len(audio), device=audio.device) + offset
+    same = text_ids == all_ids.T  # (B, B_all)
+    same[torch.arange(len(audio), device=audio.device), own] = False
+    to_text = (audio @ all_text.T / temperature).masked_fill(same, -torch.inf)
+    to_audio = (text @ all_audio.T / temperature).masked_fill(same, -torch.inf)
+    return (F.cross_entropy(to_text, own, reduction="sum") + F.cross_entropy(to_audio, own, reduction="sum")) / 2
+
+
+class Phase1(nn.Module):
+    """Adaptor, CTC head and temperature: everything that trains, so that DDP wraps one module."""
+
+    def __init__(self, adaptor, ctc, temperature):
+        super().__init__()
+        self.adaptor, self.ctc = adaptor, ctc
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+
+    def pool(self, enc, lens):
+        """emb (B, S, D), lens, and the unit vector (B, D) of each clip's mean."""
+        emb, emb_lens = self.adaptor(enc, lens)
+        return emb, emb_lens, F.normalize(emb.float().sum(1) / emb_lens[:, None], dim=-1)
+
+    def forward(self, enc, lens, text, text_ids, targets):
+        emb, emb_lens, audio = self.pool(enc, lens)
+        # every parameter takes part in every loss, whatever its weight, since DDP waits for all of them
+        temperature = self.log_temperature.exp().clamp(0.01, 1.0)
+        nce = info_nce(audio, text, text_ids, temperature)
+        ctc, impossible = emb.sum() * 0.0, 0
+        if self.ctc is not None:
+            with torch.autocast(emb.device.type, enabled=False):
+                ctc, impossible = self.ctc.loss(self.ctc(emb.float()), emb_lens, targets)
+        return nce, ctc, impossible
+
+
+# ---- validation -------------------------------------------------------------------------------------------------
+
+
+def recall_at(similarity, text_ids, k):
+    """Share of rows whose own column, or one with an equal transcript, is among the k nearest. similarity (N, N)."""
+    nearest = similarity.topk(min(k, len(similarity)), dim=1).indices  # (N, k)
+    return (text_ids[nearest] == text_ids[:, None]).any(1).float().mean()
+
+
+@torch.no_grad()
+def validate(phase, utterances, cache, table, tokenizer, cfg, device, dtype):
+    """Retrieval over the held-out clips, both ways, and the greedy CTC read-out's error rate."""
+    phase.eval()
+    audio, texts, read = [], [], []
+    for start in range(0, len(utterances), 64):
+        batch = utterances[start : start + 64]
+        enc, lens = load_frames(batch, cache, cfg)
+        with autocast(device, dtype):
+            emb, emb_lens, vectors = phase.pool(enc.to(device), lens.to(device))
+        audio.append(vectors.cpu())
+        texts.append(torch.stack([pool_text(u["ids"], table) for u in batch]).cpu())
+        if phase.ctc is not None:
+            paths = model.ctc_greedy(phase.ctc(emb.float()), emb_lens, phase.ctc.blank)
+            read += [tokenizer.decode(phase.ctc.tokens(path)).strip() for path in paths]
+    phase.train()
+    similarity = torch.cat(audio) @ torch.cat(texts).T  # (N, N)
+    names = {target: n for n, target in enumerate(dict.fromkeys(u["target"] for u in utterances))}
+    text_ids = torch.tensor([names[u["target"]] for u in utterances])
+    scores = {f"r{k}_{way}": recall_at(matrix, text_ids, k)
+              for way, matrix in (("a2t", similarity), ("t2a", similarity.T)) for k in (1, 5)}
+    scores["pool"] = len(names)
+    if read:
+        scores["ctc_er"] = model.error_rate([u["target"] for u in utterances], read)["rate"]
+    return scores, read
+
+
+def pool_text(ids, table):
+    """Unit vector (D,) of the mean embedding of a transcript's tokens."""
+    return F.normalize(table[torch.tensor(ids, device=table.device)].float().mean(0), dim=-1)
+
+
+# ---- the run ----------------------------------------------------------------------------------------------------
+
+
+def build(cfg, cache, table, train, device):
+    adaptor = model.AudioAdaptor(
+        cache.width, table.shape[1], cfg["adaptor.hidden_dim"], cfg["adaptor.num_layers"], cfg["adaptor.num_heads"],
+        cfg["adaptor.dropout"], cfg["adaptor.stack"], cfg["adaptor.pre_norm"], model.embedding_rms(table))
+    ctc = None
+    if cfg["loss.ctc_weight"]:
+        seen = sorted({token for u in train for token in u["ids"]})
+        ctc = model.CTCHead(table.shape[1], embedding=table, token_ids=seen if cfg["ctc.vocab"] == "train" else None)
+    return Phase1(adaptor, ctc, cfg["loss.temperature"]).to(device)
+
+
+def save_results(phase, folder):
+    """The plain state dicts that train_phase2.py and others load."""
+    write_atomic(folder / "adaptor_cached.pt", lambda file: torch.save(phase.adaptor.state_dict(), file))
+    if phase.ctc is not None:
+        write_atomic(folder / "ctc_head.pt", lambda file: torch.save(phase.ctc.state_dict(), file))
+
+
+def main(cfg):
+    device, dtype = pick_device(cfg)
+    rank, world = rank_and_world()
+    torch.manual_seed(cfg["seed"])
+    cache = EncoderCache(cfg["cache.dir"])
+    table, tokenizer = model.load_embedding(cfg["llm.name"])
+    table = table.to(device)
+    train = read_utterances(cfg["data.train"], cache, tokenizer, cfg["data.normalize"], cfg["data.speed"], cfg["data.repeat"])
+    valid = read_utterances(cfg["data.valid"], cache, tokenizer, cfg["data.normalize"])
+    names = {target: n for n, target in enumerate(sorted({u["target"] for u in train}))}
+    state = open_run(cfg, rank)
+    phase = build(cfg, cache, table, train, device)
+    optimizer = make_optimizer(phase, cfg, device)
+    wrapped = nn.parallel.DistributedDataParallel(phase) if world > 1 else phase
+    lengths, size, accum = [u["frames"] for u in train], cfg["batch_clips"], cfg["optim.accum"]
+    batches = epoch_batches(lengths, size, math.inf, world, cfg["seed"], 0)
+    total = cfg["optim.max_steps"] or cfg["optim.epochs"] * len(batches) // accum
+    step, epoch, used, best, spent = 0, 0, 0, -math.inf, 0.0
+    if state:
+        phase.load_state_dict(state["phase"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, epoch, used, best, spent = (state[k] for k in ("step", "epoch", "used", "best", "seconds"))
+        torch.set_rng_state(state["rng"])
+        batches = epoch_batches(lengths, size, math.inf, world, cfg["seed"], epoch)
+    folder, metrics = Path(cfg["run.dir"]), Path(cfg["run.dir"]) / "metrics.jsonl"
+    writer = None
+    if rank == 0:
+        trim_metrics(metrics, step)
+        writer = SummaryWriter(folder, purge_step=step + 1)
+        print_start(cfg, phase, train, valid, total, device, dtype, world)
+    phase.train()
+    window, started = new_window(), time.time()
+    bar = tqdm(total=total, initial=step, unit="step", disable=rank != 0 or None)
+    while step < total:
+        lr = learning_rate(step, total, cfg)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        micro = []
+        while len(micro) < accum:
+            if used == len(batches):
+                epoch, used = epoch + 1, 0
+                batches = epoch_batches(lengths, size, math.inf, world, cfg["seed"], epoch)
+            micro.append([train[i] for i in batches[used]])
+            used += 1
+        clips = sum(len(batch) for batch in micro)  # of all processes: what the loss is averaged over
+        for batch in micro:
+            mine = batch[rank::world]
+            enc, lens = load_frames(mine, cache, cfg, seed=f"{cfg['seed']}-{step}")
+            text = torch.stack([pool_text(u["ids"], table) for u in mine])
+            text_ids = torch.tensor([[names[u["target"]]] for u in mine], device=device)
+            targets = [phase.ctc.classes(u["ids"]) for u in mine] if phase.ctc is not None else None
+            with autocast(device, dtype):
+                nce, ctc, impossible = wrapped(enc.to(device), lens.to(device), text, text_ids, targets)
+            loss = (cfg["loss.contrastive_weight"] * nce + cfg["loss.ctc_weight"] * ctc) / clips
+            (loss * world).backward()  # DDP averages over processes, we want the sum
+            window["nce"] += nce.detach()
+            window["ctc"] += ctc.detach()
+            window["clips"] += len(mine)
+            window["impossible"] += impossible
+            window["audio_s"] += sum(u["seconds"] for u in mine)
+        grad_norm = nn.utils.clip_grad_norm_(phase.parameters(), cfg["optim.clip"], error_if_nonfinite=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        bar.update(1)
+        last = step == total
+        if rank == 0 and (step % cfg["run.log_every"] == 0 or last):
+            log_window(window, cfg, phase, step, total, lr, grad_norm, metrics, writer, bar)
+            window = new_window()
+        if step % cfg["run.valid_every"] == 0 or last:
+            scores, read = validate(phase, valid, cache, table, tokenizer, cfg, device, dtype)
+            score = -scores["ctc_er"] if "ctc_er" in scores else (scores["r1_a2t"] + scores["r1_t2a"]).item() / 2
+            if rank == 0:
+                log_metrics(metrics, writer, step, scores)
+                tqdm.write(f"  valid {step}: " + "  ".join(f"{k} {float(v):.3f}" for k, v in scores.items()))
+                for utterance, text in list(zip(valid, read))[:3]:
+                    tqdm.write(f"    {utterance['target']!r} read as {text!r}")
+                if score > best:
+                    save_results(phase, folder)
+            best = max(best, score)
+        if rank == 0 and (step % cfg["run.save_every"] == 0 or last):
+            state = {"format": 1, "phase": phase.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                     "epoch": epoch, "used": used, "best": best, "rng": torch.get_rng_state(), "config": cfg,
+                     "seconds": spent + time.time() - started}
+            write_atomic(folder / "last.pt", lambda file, state=state: torch.save(state, file))
+    bar.close()
+    if rank == 0:
+        print(f"done: {step} steps, best score {best:.4f}, {spent + time.time() - started:.0f} s -> {folder}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def new_window():
+    return {"nce": 0.0, "ctc": 0.0, "clips": 0, "impossible": 0, "audio_s": 0.0, "started": time.time()}
+
+
+def log_window(window, cfg, phase, step, total, lr, grad_norm, metrics, writer, bar):
+    """One line per interval: losses averaged over the interval, in nats per clip."""
+    nce, ctc = (float(window[name]) / window["clips"] for name in ("nce", "ctc"))
+    values = {"loss": cfg["loss.contrastive_weight"] * nce + cfg["loss.ctc_weight"] * ctc, "nce": nce, "ctc": ctc,
+              "temperature": phase.log_temperature.detach().exp(), "lr": lr, "grad_norm": grad_norm,
+              "audio_s_per_s": window["audio_s"] / (time.time() - window["started"]), "impossible": window["impossible"]}
+    log_metrics(metrics, writer, step, values)
+    bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{lr:.1e}")
+    tqdm.write(f"{step:6d}/{total} loss {values['loss']:8.4f} nce {nce:7.4f} ctc {ctc:8.4f} lr {lr:.2e} "
+               f"norm {float(grad_norm):7.3f} {values['audio_s_per_s']:7.1f} audio s/s")
+
+
+def print_start(cfg, phase, train, valid, total, device, dtype, world):
+    """Everything derived, once, before the first step."""
+    hours = sum(u["seconds"] for u in train) / 3600
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in phase.named_children()}
+    print(f"train {len(train)} clips, {hours:.2f} h an epoch; valid {len(valid)} clips | {total} steps of "
+          f"{cfg['batch_clips']} x {world} x {cfg['optim.accum']} clips, {cfg['batch_clips'] * world} candidates each")
+    print(f"trainable: {', '.join(f'{name} {size:,}' for name, size in sizes.items())}; frozen: the LLM's embeddings")
+    if phase.ctc is not None:
+        print(f"CTC over {phase.ctc.blank} tokens and a blank")
+    print(f"device {device}, autocast {dtype}, torch {torch.__version__}, seed {cfg['seed']}", flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main, DEFAULTS, __doc__)
