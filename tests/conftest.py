@@ -1,0 +1,41 @@
+"""What all tests share: the repository's root on the path, two threads, and small twins of the released models."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+import make_twins  # noqa: E402  (needs the path above)
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def rng():
+    return torch.Generator().manual_seed(0)
+
+
+def twin(make):
+    """A session fixture: the folder that `make(folder)` fills, made once and not written to again."""
+
+    @pytest.fixture(scope="session")
+    def folder(tmp_path_factory):
+        path = tmp_path_factory.mktemp(make.__name__)
+        make(path)
+        return path
+
+    return folder
+
+
+sensevoice_folder = twin(make_twins.sensevoice_folder)
+nano_folder = twin(make_twins.nano_folder)
+whisper_folder = twin(make_twins.whisper_folder)
+qwen3_folder = twin(make_twins.qwen3_folder)

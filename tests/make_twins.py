@@ -1,0 +1,258 @@
+"""Small twins of the released models: the hub's exact files and tensor names, random weights, less depth and width.
+
+    python tests/make_twins.py FOLDER        # writes FOLDER/{sensevoice,nano,whisper,qwen3,wavs}
+
+The released weights live on hubs that tests must not need. What the twins cannot show (that a released file loads
+into the full depth) is shown by names and shapes: every builder below takes the released sizes as arguments.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import model  # noqa: E402  (needs the path above)
+
+ENCODER = {"output_size": 32, "attention_heads": 4, "linear_units": 64, "num_blocks": 3, "tp_blocks": 2}
+RELEASED = {  # the rest of encoder_conf, as both releases have it
+    "dropout_rate": 0.1, "positional_dropout_rate": 0.1, "attention_dropout_rate": 0.1, "input_layer": "pe",
+    "pos_enc_class": "SinusoidalPositionEncoder", "normalize_before": True, "kernel_size": 11, "sanm_shfit": 0,
+    "selfattention_layer_type": "sanm",
+}  # fmt: skip
+FRONTEND = {
+    "fs": 16000, "window": "hamming", "n_mels": 80, "frame_length": 25, "frame_shift": 10, "lfr_m": 7, "lfr_n": 6,
+    "cmvn_file": None,
+}  # fmt: skip
+WORDS = {  # word -> two tones in Hz, so that a twin has something to learn
+    "one": (440, 700), "two": (520, 900), "three": (600, 1300), "four": (700, 1700), "five": (800, 2100),
+    "please": (350, 1100), "press": (300, 2500), "hold": (950, 1500),
+}  # fmt: skip
+SENTENCES = [
+    "please press one", "please hold", "press two or press three", "for sales press four", "thank you for calling",
+    "Transcribe the speech:", "Translate to English:", "Hotwords: [earshot, adaptor]", "You are a helpful assistant.",
+    "这是一段中文语音，请转录：", "今天天气很好", "热词列表：[张三, 李四]", "user assistant system",
+]  # fmt: skip
+
+
+def randomise(module, seed=0):
+    """Give biases and norms random values too, or a swapped or forgotten one would change nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+def write_cmvn(path, seed=0):
+    """`am.mvn`, a Kaldi nnet in text: shifts around minus the log-mel mean, rescales around 1 / its deviation."""
+    generator = np.random.default_rng(seed)
+    shift, scale = generator.normal(-9.0, 1.0, 560), generator.uniform(0.1, 0.3, 560)
+    rows = [" ".join(f"{x:.6f}" for x in row) for row in (shift, scale)]
+    path.write_text(
+        f"<Nnet> \n<Splice> 560 560\n[ 0 ]\n<AddShift> 560 560 \n<LearnRateCoef> 0 [ {rows[0]} ]\n"
+        f"<Rescale> 560 560 \n<LearnRateCoef> 0 [ {rows[1]} ]\n</Nnet> \n",
+        encoding="utf-8",
+    )
+
+
+def write_pieces(path):
+    """A SentencePiece model; ids 0, 1, 2 are blank/unk, sos and eos as in SenseVoice. Returns its number of pieces."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 4), model_prefix=str(path.with_suffix("")), vocab_size=160,
+        model_type="bpe", character_coverage=1.0, user_defined_symbols=["<|zh|>", "<|en|>", "<|woitn|>"],
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    path.with_suffix(".vocab").unlink()
+    return sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size()
+
+
+def sensevoice_folder(path, encoder=None, seed=0):
+    """iic/SenseVoiceSmall: model.pt, config.yaml, configuration.json, am.mvn and the SentencePiece model."""
+    path, sizes = Path(path), ENCODER | (encoder or {})
+    path.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    pieces = write_pieces(path / "chn_jpn_yue_eng_ko_spectok.bpe.model")
+    net = randomise(model.SenseVoiceEncoder(560, **sizes), seed)
+    weights = {f"encoder.{name}": value for name, value in net.state_dict().items()}
+    weights["embed.weight"] = torch.randn(16, 560)
+    weights["ctc.ctc_lo.weight"] = torch.randn(pieces, sizes["output_size"])
+    weights["ctc.ctc_lo.bias"] = torch.randn(pieces)
+    torch.save(weights, path / "model.pt")
+    config = {
+        "encoder": "SenseVoiceEncoderSmall", "encoder_conf": sizes | RELEASED, "model": "SenseVoiceSmall",
+        "model_conf": {"length_normalized_loss": True, "sos": 1, "eos": 2, "ignore_id": -1},
+        "tokenizer": "SentencepiecesTokenizer",
+        "tokenizer_conf": {"bpemodel": None, "unk_symbol": "<unk>", "split_with_space": True},
+        "frontend": "WavFrontend", "frontend_conf": FRONTEND,
+    }  # fmt: skip
+    (path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    write_cmvn(path / "am.mvn", seed)
+    metas = {
+        "init_param": "model.pt", "config": "config.yaml",
+        "tokenizer_conf": {"bpemodel": "chn_jpn_yue_eng_ko_spectok.bpe.model"},
+        "frontend_conf": {"cmvn_file": "am.mvn"},
+    }  # fmt: skip
+    hub = {"framework": "pytorch", "task": "auto-speech-recognition", "model": {"type": "funasr"}}
+    (path / "configuration.json").write_text(json.dumps(hub | {"file_path_metas": metas}), encoding="utf-8")
+    return path
+
+
+def funasr_transformer(prefix, width, ffn, out, layers):
+    """State dict of FunASR's adaptor class `Transformer` (audio_adaptor and ctc_decoder of Fun-ASR-Nano)."""
+    shapes = {"linear1": (ffn, width), "linear2": (out, ffn)}
+    for n in range(layers):
+        shapes |= {f"blocks.{n}.self_attn.linear_{part}": (out, out) for part in ("q", "k", "v", "out")}
+        shapes |= {f"blocks.{n}.feed_forward.w_1": (out // 4, out), f"blocks.{n}.feed_forward.w_2": (out, out // 4)}
+        shapes |= {f"blocks.{n}.norm{i}": (out,) for i in (1, 2)}
+    weights = {f"{prefix}.{name}.weight": torch.randn(shape) * 0.05 for name, shape in shapes.items()}
+    return weights | {f"{prefix}.{name}.bias": torch.randn(shape[0]) * 0.05 for name, shape in shapes.items()}
+
+
+def nano_folder(path, encoder=None, seed=0):
+    """FunAudioLLM/Fun-ASR-Nano-2512 as ModelScope has it: speech part in bf16, CTC in fp32, the LLM inside."""
+    path, sizes = Path(path), ENCODER | (encoder or {})
+    path.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    width, llm_width, ctc_vocab = sizes["output_size"], 48, 60
+    net = randomise(model.SenseVoiceEncoder(560, **sizes), seed)
+    weights = {f"audio_encoder.{name}": value for name, value in net.state_dict().items()}
+    weights |= funasr_transformer("audio_adaptor", width, 64, llm_width, 2)
+    weights |= {f"llm.{name}": value for name, value in tiny_qwen3(vocab_size=64).state_dict().items()}
+    weights = {name: value.bfloat16() for name, value in weights.items()}
+    weights |= funasr_transformer("ctc_decoder", width, 64, width, 5)
+    weights |= {"ctc.ctc_lo.weight": torch.randn(ctc_vocab, width), "ctc.ctc_lo.bias": torch.randn(ctc_vocab)}
+    torch.save(weights, path / "model.pt")
+    config = {
+        "model": "FunASRNano", "model_conf": {"lsm_weight": 0.1, "length_normalized_loss": True},
+        "audio_encoder": "SenseVoiceEncoderSmall",
+        "audio_encoder_conf": sizes | RELEASED | {"feat_permute": True, "freeze": True, "freeze_layer_num": -1},
+        "llm": "Qwen3-0.6b", "llm_conf": {"hub": "hf", "freeze": True, "llm_dtype": "bf16"},
+        "audio_adaptor": "Transformer",
+        "audio_adaptor_conf": {"downsample_rate": 1, "use_low_frame_rate": True, "ffn_dim": 64, "llm_dim": llm_width,
+                               "encoder_dim": width, "n_layer": 2, "freeze": True},
+        "ctc_decoder": "Transformer", "detach_ctc_decoder": True, "ctc_weight": 1.0,
+        "ctc_decoder_conf": {"downsample_rate": 1, "ffn_dim": 64, "llm_dim": width, "encoder_dim": width,
+                             "n_layer": 5, "freeze": False},
+        "ctc_conf": {"dropout_rate": 0.0, "ctc_type": "builtin", "reduce": True, "ignore_nan_grad": True},
+        "frontend": "WavFrontend", "frontend_conf": FRONTEND,
+    }  # fmt: skip
+    (path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    metas = {"init_param": "model.pt", "config": "config.yaml"}
+    hub = {"framework": "pytorch", "task": "auto-speech-recognition", "model": {"type": "funasr"}}
+    (path / "configuration.json").write_text(json.dumps(hub | {"file_path_metas": metas}), encoding="utf-8")
+    return path
+
+
+def whisper_folder(path, width=32, layers=2, mel_bins=80, seed=0):
+    """openai/whisper-*: config.json, model.safetensors, preprocessor_config.json."""
+    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+    torch.manual_seed(seed)
+    config = WhisperConfig(
+        d_model=width, encoder_layers=layers, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=2 * width, decoder_ffn_dim=2 * width, num_mel_bins=mel_bins, vocab_size=100, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, decoder_start_token_id=3, suppress_tokens=None, begin_suppress_tokens=None,
+    )  # fmt: skip
+    net = WhisperForConditionalGeneration(config)
+    randomise(net, seed).save_pretrained(path)
+    WhisperFeatureExtractor(feature_size=mel_bins).save_pretrained(path)
+    return Path(path)
+
+
+CHATML = """\
+{%- if messages[0].role == 'system' -%}
+{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+{%- if message.role == 'user' or (message.role == 'system' and not loop.first) -%}
+{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}
+{%- elif message.role == 'assistant' -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- if loop.last -%}{{- '<think>\\n\\n</think>\\n\\n' -}}{%- endif -%}
+{{- message.content + '<|im_end|>\\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- if enable_thinking is defined and enable_thinking is false -%}{{- '<think>\\n\\n</think>\\n\\n' -}}{%- endif -%}
+{%- endif -%}"""
+
+
+def tiny_tokenizer(template=CHATML, specials=("<|endoftext|>", "<|im_start|>", "<|im_end|>"), eos="<|im_end|>"):
+    """Byte-level BPE trained on SENTENCES, Qwen's pre-tokenisation left out; `<think>` is a token but not special."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator([*SENTENCES, *(f" {word}" for word in WORDS)] * 4, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in ("<think>", "</think>")])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token=specials[0])
+    fast.chat_template = template
+    return fast
+
+
+def tiny_qwen3(vocab_size, width=48, layers=2, seed=0, tied=True):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=vocab_size, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=tied, bos_token_id=None,
+        eos_token_id=None, pad_token_id=None, max_position_embeddings=2048, initializer_range=0.2,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config)
+
+
+def qwen3_folder(path, width=48, layers=2, seed=0, tied=True):
+    """Qwen/Qwen3-*: config.json, generation_config.json, model.safetensors, tokenizer files with chat template."""
+    tokenizer = tiny_tokenizer()
+    llm = tiny_qwen3(len(tokenizer), width, layers, seed, tied)
+    llm.config.eos_token_id = llm.generation_config.eos_token_id = tokenizer.eos_token_id
+    llm.generation_config.pad_token_id = tokenizer.pad_token_id
+    llm.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return Path(path)
+
+
+def spoken(words, rate=16000, word_s=0.3, seed=0):
+    """Words as pairs of tones in faint noise: (N,) float32. The same word always sounds alike."""
+    time = np.arange(round(word_s * rate)) / rate
+    fade = np.minimum(1.0, np.minimum(time, time[::-1]) / 0.02)
+    tones = [sum(np.sin(2 * math.pi * hz * time) for hz in WORDS[word]) * fade * 0.2 for word in words]
+    wave = np.concatenate([np.zeros(round(0.1 * rate)), *tones, np.zeros(round(0.1 * rate))])
+    return (wave + np.random.default_rng(seed).normal(0, 0.001, len(wave))).astype(np.float32)
+
+
+def wav_files(path, n=8, max_words=4, rate=16000, seed=0):
+    """`n` wavs of 1 to `max_words` words and `manifest.jsonl`; returns the manifest's path."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    generator, rows = np.random.default_rng(seed), []
+    for index in range(n):
+        words = [str(word) for word in generator.choice(list(WORDS), size=int(generator.integers(1, max_words + 1)))]
+        soundfile.write(path / f"utt{index:03d}.wav", spoken(words, rate, seed=seed + index), rate)
+        rows.append({"key": f"utt{index:03d}", "source": f"utt{index:03d}.wav", "target": " ".join(words)})
+    manifest = path / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return manifest
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1])
+    for name, make in {"sensevoice": sensevoice_folder, "nano": nano_folder, "whisper": whisper_folder,
+                       "qwen3": qwen3_folder, "wavs": wav_files}.items():  # fmt: skip
+        print(make(root / name))

@@ -1,0 +1,482 @@
+"""Prompt, splice, loss and decoding against transformers' own, and scoring against jiwer."""
+
+import random
+
+import jiwer
+import pytest
+import torch
+import torch.nn.functional as F
+from make_twins import tiny_tokenizer
+from torch import nn
+
+import model
+
+LLAMA = """\
+{{- '<s>' -}}
+{%- for message in messages -%}
+{%- if message.role == 'assistant' -%}{{- '[ANSWER]' + message.content + '</s>' -}}
+{%- else -%}{{- '[' + message.role + ']' + message.content -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '[ANSWER]' -}}{%- endif -%}"""
+PROMPT = "Transcribe the speech:"
+
+
+@pytest.fixture(scope="module")
+def llm_and_tokenizer(qwen3_folder):
+    return model.load_llm(qwen3_folder)
+
+
+@pytest.fixture
+def llm(llm_and_tokenizer):
+    return llm_and_tokenizer[0]
+
+
+@pytest.fixture
+def tokenizer(llm_and_tokenizer):
+    return llm_and_tokenizer[1]
+
+
+@pytest.fixture(scope="module")
+def other_tokenizer():
+    """Another template: no roles in tokens, a bos in the text, another end of turn."""
+    specials = ("<pad>", "<s>", "</s>", "[ANSWER]", "[user]", "[system]")
+    return tiny_tokenizer(template=LLAMA, specials=specials, eos="</s>")
+
+
+@pytest.fixture(params=["chatml", "other"])
+def any_tokenizer(request, tokenizer, other_tokenizer):
+    return tokenizer if request.param == "chatml" else other_tokenizer
+
+
+# ---- loading ----------------------------------------------------------------------------------------------------
+
+
+def test_llm_is_frozen_and_stays_in_eval(llm):
+    assert not any(p.requires_grad for p in llm.parameters())
+    parent = nn.ModuleList([llm]).train()
+    parent[0].model.train()
+    assert not any(module.training for module in llm.modules())
+
+
+def test_embedding_is_that_of_the_llm(qwen3_folder, llm, tokenizer):
+    table, same_tokenizer = model.load_embedding(qwen3_folder)
+    assert table.dtype == torch.float32 and torch.equal(table, llm.get_input_embeddings().weight)
+    assert same_tokenizer.get_vocab() == tokenizer.get_vocab()
+
+
+def test_llm_loads_in_the_asked_dtype(qwen3_folder):
+    llm, _ = model.load_llm(qwen3_folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in llm.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_alone_is_trainable_and_fp32_and_changes_nothing_at_first(qwen3_folder, dtype):
+    plain, _ = model.load_llm(qwen3_folder, dtype=dtype)
+    llm, _ = model.load_llm(qwen3_folder, dtype=dtype, lora_r=4)
+    lora = model.lora_parameters(llm)
+    assert len(lora) == 2 * 2 * 2  # A and B, of q_proj and v_proj, in two layers
+    trainable = {name: p for name, p in llm.named_parameters() if p.requires_grad}
+    assert trainable.keys() == lora.keys() and {p.dtype for p in lora.values()} == {torch.float32}
+    assert {p.dtype for name, p in llm.named_parameters() if name not in lora} == {dtype}
+    ids = torch.arange(5)[None]
+    torch.testing.assert_close(llm(ids).logits, plain(ids).logits, atol=0, rtol=0)
+    with torch.no_grad():
+        for name, parameter in lora.items():
+            parameter.add_(0.1 if "lora_B" in name else 0.0)
+    assert not torch.equal(llm(ids).logits, plain(ids).logits)
+    assert not any(module.training for module in llm.train().modules())
+
+
+# ---- prompt -----------------------------------------------------------------------------------------------------
+
+
+def template_text(tokenizer, user, system=None):
+    messages = ([{"role": "system", "content": system}] if system is not None else []) + [
+        {"role": "user", "content": user}
+    ]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+
+
+@pytest.mark.parametrize("system", [None, "", "You are a helpful assistant."])
+@pytest.mark.parametrize("draft", [None, "", "press one or press"])
+def test_the_two_halves_are_the_template_cut_at_the_audio(any_tokenizer, draft, system):
+    before, after = model.build_prompt(any_tokenizer, PROMPT, draft=draft, system=system)
+    user = PROMPT if draft is None else f"{PROMPT}\n{draft}"
+    assert any_tokenizer.decode(before + after) == template_text(any_tokenizer, user, system)
+    assert any_tokenizer.decode(before).endswith(PROMPT)
+
+
+def test_the_audio_mark_is_never_tokenised(any_tokenizer):
+    before, after = model.build_prompt(any_tokenizer, PROMPT, draft="hello", hotwords=["Ann"])
+    assert "earshot-audio" not in any_tokenizer.decode(before + after)
+
+
+def test_thinking_is_off(tokenizer):
+    _, after = model.build_prompt(tokenizer, PROMPT)
+    assert tokenizer.decode(after) == "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+
+def test_prompt_and_label_equal_the_templates_whole_turn(tokenizer):
+    """What is trained is what the template makes of a finished turn: prompt, answer, end of turn."""
+    before, after = model.build_prompt(tokenizer, PROMPT)
+    answer = tokenizer("press one", add_special_tokens=False)["input_ids"] + [model.end_of_turn(tokenizer)]
+    turns = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "press one"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    assert tokenizer.decode(before + after + answer) == text.rstrip("\n")
+
+
+def test_end_of_turn_is_the_templates(tokenizer, other_tokenizer):
+    assert tokenizer.convert_ids_to_tokens(model.end_of_turn(tokenizer)) == "<|im_end|>"
+    assert other_tokenizer.convert_ids_to_tokens(model.end_of_turn(other_tokenizer)) == "</s>"
+
+
+def test_a_template_without_an_end_of_turn_is_refused():
+    plain = tiny_tokenizer(template="{%- for m in messages -%}{{- m.content -}}{%- endfor -%}")
+    with pytest.raises(ValueError, match="instruct"):
+        model.end_of_turn(plain)
+
+
+def test_language_and_hotwords_enter_the_prompt(tokenizer):
+    before, _ = model.build_prompt(tokenizer, "Translate to {language}:", language="English", hotwords=["Ann", "Bo"])
+    assert tokenizer.decode(before).endswith("Hotwords: [Ann, Bo]\nTranslate to English:")
+    before, _ = model.build_prompt(tokenizer, "这是一段中文语音，请转录：", hotwords=["张三", "李四"])
+    assert tokenizer.decode(before).endswith("热词列表：[张三, 李四]\n这是一段中文语音，请转录：")
+
+
+def test_latin_transcripts_get_a_leading_space_and_chinese_ones_do_not(tokenizer):
+    assert tokenizer.decode(model.text_to_ids(tokenizer, "press one")) == " press one"
+    assert tokenizer.decode(model.text_to_ids(tokenizer, "今天")) == "今天"
+    assert model.text_to_ids(tokenizer, "") == []
+    first, second = (model.text_to_ids(tokenizer, text) for text in ("one", "press one"))
+    assert second[-len(first) :] == first, "the same word has the same tokens wherever it stands"
+
+
+# ---- splice -----------------------------------------------------------------------------------------------------
+
+PROMPTS = [([5, 6], [7]), ([8], [9, 10, 11])]
+TARGETS = [[20, 21, 2], [22, 2]]
+LENS = torch.tensor([3, 1])
+
+
+@pytest.fixture
+def embed():
+    torch.manual_seed(0)
+    return nn.Embedding(50, 4)
+
+
+def test_splice_lays_out_before_audio_after_target_pad(embed):
+    audio = torch.randn(2, 3, 4)
+    spliced = model.splice(embed, PROMPTS, audio, LENS, TARGETS)
+    word = {i: embed.weight[i] for i in range(50)}
+    rows = [
+        [word[5], word[6], *audio[0], word[7], word[20], word[21], word[2]],
+        [word[8], audio[1, 0], word[9], word[10], word[11], word[22], word[2], *torch.zeros(2, 4)],
+    ]
+    assert torch.equal(spliced["inputs_embeds"], torch.stack([torch.stack(row) for row in rows]))
+    x = -100
+    assert spliced["labels"].tolist() == [[x, x, x, x, x, x, 20, 21, 2], [x, x, x, x, x, 22, 2, x, x]]
+    assert spliced["attention_mask"].tolist() == [[1] * 9, [1] * 7 + [0] * 2]
+    assert spliced["position_ids"][1, :7].tolist() == list(range(7))
+
+
+def test_splice_pads_on_the_left_for_generation(embed):
+    audio = torch.randn(2, 3, 4)
+    spliced = model.splice(embed, PROMPTS, audio, LENS, pad_left=True)
+    assert spliced["attention_mask"].tolist() == [[1] * 6, [0, 1, 1, 1, 1, 1]]
+    assert spliced["position_ids"][1].tolist() == [0, 0, 1, 2, 3, 4]
+    assert torch.equal(spliced["inputs_embeds"][1, 2], audio[1, 0])
+    assert (spliced["inputs_embeds"][1, 0] == 0).all() and (spliced["labels"] == -100).all()
+
+
+def test_gradients_of_a_splice_reach_real_audio_only(embed):
+    embed.requires_grad_(False)
+    audio = torch.randn(2, 3, 4, requires_grad=True)
+    model.splice(embed, PROMPTS, audio, LENS, TARGETS)["inputs_embeds"].sum().backward()
+    assert (audio.grad[0] == 1).all() and audio.grad[1, :, 0].tolist() == [1, 0, 0]
+
+
+def test_splice_casts_the_audio_to_the_llms_dtype(embed):
+    spliced = model.splice(embed.bfloat16(), PROMPTS, torch.randn(2, 3, 4), LENS, TARGETS)
+    assert spliced["inputs_embeds"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "prompts, lens, targets",
+    [(PROMPTS[:1], LENS, TARGETS), (PROMPTS, LENS, TARGETS[:1]), (PROMPTS, torch.tensor([4, 1]), TARGETS)],
+    ids=["a prompt is missing", "a target is missing", "longer than the audio"],
+)
+def test_splice_refuses_parts_that_do_not_match(embed, prompts, lens, targets):
+    with pytest.raises(ValueError):
+        model.splice(embed, prompts, torch.randn(2, 3, 4), lens, targets)
+
+
+# ---- loss -------------------------------------------------------------------------------------------------------
+
+
+def example_batch(llm, tokenizer, pad_left=False, targets=True, seed=0):
+    """Three clips of different lengths, with prompts of different lengths: (prompts, emb, lens, target ids)."""
+    torch.manual_seed(seed)
+    prompts = [model.build_prompt(tokenizer, PROMPT, draft=draft) for draft in (None, "press one", "please hold on")]
+    end = model.end_of_turn(tokenizer)
+    answers = [[*model.text_to_ids(tokenizer, text), end] for text in ("press one", "please hold", "four")]
+    emb, lens = torch.randn(3, 6, 48) * 0.2, torch.tensor([6, 2, 4])
+    return model.splice(llm.get_input_embeddings(), prompts, emb, lens, answers if targets else None, pad_left)
+
+
+def row(spliced, i):
+    """One example of a batch, its padding removed."""
+    real = spliced["attention_mask"][i].bool()
+    return {k: v[i : i + 1, real] for k, v in spliced.items()} | {"position_ids": torch.arange(int(real.sum()))[None]}
+
+
+@pytest.mark.parametrize("pad_left", [False, True])
+def test_loss_equals_transformers_own(llm, tokenizer, pad_left):
+    spliced = example_batch(llm, tokenizer, pad_left)
+    total, count, right = model.transcript_loss(llm, spliced)
+    theirs = llm(**spliced)
+    assert int(count) == int((spliced["labels"] != -100).sum())
+    assert (total / count).item() == pytest.approx(theirs.loss.item(), abs=1e-5)
+    labels, best = spliced["labels"][:, 1:], theirs.logits[:, :-1].argmax(-1)
+    assert int(right) == int((best == labels)[labels != -100].sum())
+
+
+def test_loss_of_a_batch_is_the_sum_of_its_rows(llm, tokenizer):
+    spliced = example_batch(llm, tokenizer)
+    total, count, _ = model.transcript_loss(llm, spliced)
+    singles = [model.transcript_loss(llm, row(spliced, i)) for i in range(3)]
+    assert total.item() == pytest.approx(sum(s[0].item() for s in singles), rel=1e-5)
+    assert int(count) == sum(int(s[1]) for s in singles)
+
+
+def test_the_adaptor_learns_through_an_llm_that_does_not(llm, tokenizer):
+    adaptor = model.AudioAdaptor(8, 48, 16, num_layers=1, num_heads=2)
+    emb, lens = adaptor(torch.randn(1, 5, 8), torch.tensor([5]))
+    prompt = model.build_prompt(tokenizer, PROMPT)
+    spliced = model.splice(llm.get_input_embeddings(), [prompt], emb, lens, [[20, model.end_of_turn(tokenizer)]])
+    model.transcript_loss(llm, spliced)[0].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adaptor.parameters())
+    assert all(p.grad is None for p in llm.parameters())
+
+
+# ---- decoding ---------------------------------------------------------------------------------------------------
+
+NO_STOP = -1
+STEPS = 12
+
+
+@pytest.fixture
+def no_loop_cut(monkeypatch):
+    """A random LLM soon repeats itself; these tests compare what comes before any cut."""
+    monkeypatch.setattr(model, "cut_loop", lambda ids: False)
+
+
+def transformers_generate(llm, spliced, stop, **kwargs):
+    out = llm.generate(
+        inputs_embeds=spliced["inputs_embeds"], attention_mask=spliced["attention_mask"], do_sample=False,
+        eos_token_id=None if stop == NO_STOP else stop, pad_token_id=0, max_new_tokens=STEPS, **kwargs,
+    ).tolist()  # fmt: skip
+    return [ids[: ids.index(stop)] if stop in ids else ids for ids in out]
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"repetition_penalty": 1.2}, {"repetition_penalty": 3.0}, {"no_repeat_ngram_size": 2},
+     {"repetition_penalty": 1.5, "no_repeat_ngram_size": 3}],
+)  # fmt: skip
+@pytest.mark.parametrize("seed", [0, 1])
+def test_greedy_equals_transformers_token_by_token(llm, tokenizer, no_loop_cut, kwargs, seed):
+    spliced = example_batch(llm, tokenizer, pad_left=True, targets=False, seed=seed)
+    answers, _ = model.greedy_decode(llm, spliced, NO_STOP, [STEPS] * 3, **kwargs)
+    assert answers == transformers_generate(llm, spliced, NO_STOP, **kwargs)
+    assert len({tuple(answer) for answer in answers}) > 1, "the three clips should not read alike"
+
+
+def test_greedy_stops_each_row_at_its_own_stop_token(llm, tokenizer, no_loop_cut):
+    spliced = example_batch(llm, tokenizer, pad_left=True, targets=False)
+    free, _ = model.greedy_decode(llm, spliced, NO_STOP, [STEPS] * 3)
+    stop = free[1][2]
+    answers, _ = model.greedy_decode(llm, spliced, stop, [STEPS] * 3)
+    assert answers == [ids[: ids.index(stop)] if stop in ids else ids for ids in free]
+    assert answers == transformers_generate(llm, spliced, stop)
+    assert len({len(answer) for answer in answers}) > 1, "no row ended before another"
+
+
+def test_greedy_of_a_batch_equals_single_rows(llm, tokenizer):
+    spliced = example_batch(llm, tokenizer, pad_left=True, targets=False)
+    answers, scores = model.greedy_decode(llm, spliced, 402, [STEPS] * 3)
+    for i in range(3):
+        (answer,), (score,) = model.greedy_decode(llm, row(spliced, i), 402, [STEPS])
+        assert answer == answers[i] and score == pytest.approx(scores[i], abs=1e-3)
+
+
+def test_each_row_has_its_own_cap(llm, tokenizer, no_loop_cut):
+    spliced = example_batch(llm, tokenizer, pad_left=True, targets=False)
+    free, _ = model.greedy_decode(llm, spliced, NO_STOP, [STEPS] * 3)
+    capped, _ = model.greedy_decode(llm, spliced, NO_STOP, [3, STEPS, 1])
+    assert capped == [free[0][:3], free[1], free[2][:1]]
+
+
+def test_scores_are_log_probabilities_of_the_answer(llm, tokenizer, no_loop_cut):
+    spliced = row(example_batch(llm, tokenizer, pad_left=True, targets=False), 0)
+    (answer,), (score,) = model.greedy_decode(llm, spliced, NO_STOP, [5])
+    words = llm.get_input_embeddings()(torch.tensor([answer]))
+    logits = llm(inputs_embeds=torch.cat([spliced["inputs_embeds"], words], 1)).logits[0, -6:-1]
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum()
+    assert score == pytest.approx(expected.item(), abs=1e-3)
+
+
+def test_decoding_does_not_change_its_input(llm, tokenizer):
+    spliced = example_batch(llm, tokenizer, pad_left=True, targets=False)
+    before = {k: v.clone() for k, v in spliced.items()}
+    model.greedy_decode(llm, spliced, NO_STOP, [4, 2, 3])
+    assert all(torch.equal(spliced[k], before[k]) for k in before)
+
+
+def test_a_runaway_loop_ends_its_row(tokenizer):
+    class Parrot(nn.Module):
+        """Says 1 2 3 1 2 3 ... whatever it hears."""
+
+        def __init__(self):
+            super().__init__()
+            self.config, self.said = None, 0
+            self.model, self.lm_head = self.answer, lambda hidden: F.one_hot(hidden, 10).float() * 50
+
+        def answer(self, **_):
+            self.said += 1
+            return type("Output", (), {"last_hidden_state": torch.full((1, 1), 1 + (self.said - 1) % 3)})
+
+    parrot, embeds = Parrot(), torch.zeros(1, 2, 4)
+    spliced = {"inputs_embeds": embeds, "attention_mask": torch.ones(1, 2), "position_ids": torch.arange(2)[None]}
+    (answer,), _ = model.greedy_decode(parrot, spliced, 9, [200])
+    assert answer == [1, 2, 3] and parrot.said < 50
+
+
+@pytest.mark.parametrize("period", [1, 2, 3, 8])
+def test_cut_loop_leaves_one_copy(period):
+    loop, ids, cut = list(range(100, 100 + period)), [1, 2, 3], False
+    while not cut and len(ids) < 300:
+        ids.append(loop[(len(ids) - 3) % period])
+        cut = model.cut_loop(ids)
+    assert cut and ids == [1, 2, 3, *loop]
+
+
+@pytest.mark.parametrize("ids", [[], [7], [7, 7, 7], [1, 2, 1, 2, 1, 2], [1, 2, 3, 1, 2, 4] * 2, list(range(60))])
+def test_cut_loop_leaves_ordinary_repeats_alone(ids):
+    before = list(ids)
+    assert not model.cut_loop(ids) and ids == before
+
+
+def test_a_phone_number_of_equal_digits_is_no_loop():
+    """"zero zero zero zero" is four equal tokens, and a telephone recogniser must be able to write it."""
+    for ids in ([5, 6, 7, 7, 7, 7], [7, 7, 7, 7, 7, 7]):
+        assert not model.cut_loop(list(ids))
+
+
+# ---- text and scoring -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, language, expected",
+    [
+        ("Hello, World!", None, "hello world"),
+        ("  Don't   stop -- now. ", "en", "don't stop now"),
+        ("it’s “fine”", "en", "it's fine"),
+        ("'quoted' words'", "en", "quoted words"),
+        ("twenty-one", "en", "twenty one"),
+        ("ＡＢＣ　１２３", None, "abc 123"),
+        ("line\nbreak\tand\u00a0space", None, "line break and space"),
+        ("5 dollars", "en", "5 dollars"),
+        ("naïve CAFÉ", "en", "naïve café"),
+        ("cafe\u0301", "en", "café"),
+        ("हिन्दी में", None, "हिन्दी में"),
+        ("今天 天气，很好。", "zh", "今天天气很好"),
+        ("今天 天气，很好。", None, "今天天气很好"),
+        ("我 love 你", None, "我love你"),
+        ("안녕 하세요", "ko", "안녕 하세요"),
+        ("", None, ""),
+        ("?!'", None, ""),
+    ],
+)
+def test_normalize_text(text, language, expected):
+    assert model.normalize_text(text, language) == expected
+    assert model.normalize_text(expected, language) == expected, "normalising twice changes nothing"
+
+
+def test_chinese_loses_all_its_spaces():
+    assert model.normalize_text("hello world 你好", "zh") == "helloworld你好"
+
+
+def random_sentences(words, seed, count=60):
+    generator = random.Random(seed)
+    return [" ".join(generator.choices(words, k=generator.randint(1, 12))) for _ in range(count)]
+
+
+def test_word_error_rate_equals_jiwers():
+    references, hypotheses = (random_sentences(["one", "two", "three", "four"], seed) for seed in (1, 2))
+    theirs = jiwer.process_words(references, hypotheses)
+    ours = model.error_rate(references, hypotheses)
+    assert ours["rate"] == pytest.approx(theirs.wer)
+    assert ours["errors"] == theirs.substitutions + theirs.deletions + theirs.insertions
+    assert ours["units"] == sum(len(reference.split()) for reference in references)
+
+
+def test_character_error_rate_equals_jiwers():
+    references, hypotheses = (random_sentences("今天气很好", seed) for seed in (1, 2))
+    joined = [[text.replace(" ", "") for text in side] for side in (references, hypotheses)]
+    expected = jiwer.cer(*joined)
+    assert model.error_rate(references, hypotheses)["rate"] == pytest.approx(expected)
+    assert model.error_rate(*joined, language="zh")["rate"] == pytest.approx(expected)
+
+
+def distance(a, b):
+    """Levenshtein distance, the textbook table."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        last, row[0] = row[0], i
+        for j, y in enumerate(b, start=1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
+    return row[-1]
+
+
+def test_errors_equal_a_table_of_distances_and_split_by_kind():
+    references, hypotheses = (random_sentences(["a", "b", "c"], seed, count=200) for seed in (3, 4))
+    result = model.error_rate(references, hypotheses)
+    pairs = [(r.split(), h.split()) for r, h in zip(references, hypotheses)]
+    assert result["errors"] == sum(distance(r, h) for r, h in pairs)
+    assert result["errors"] == sum(result[kind] for kind in ("substitutions", "deletions", "insertions"))
+    assert result["insertions"] - result["deletions"] == sum(len(h) - len(r) for r, h in pairs)
+
+
+@pytest.mark.parametrize(
+    "references, hypotheses, expected",
+    [
+        (["a b c"], ["a b c"], (0.0, 0, 0, 0, 3)),
+        (["a b c"], [""], (1.0, 0, 3, 0, 3)),
+        (["a"], ["a x y z"], (3.0, 0, 0, 3, 1)),
+        (["a b", ""], ["a b", "x"], (0.5, 0, 0, 1, 2)),
+        (["a b c d"], ["a x c"], (0.5, 1, 1, 0, 4)),
+        ([""], [""], (0.0, 0, 0, 0, 0)),
+        ([""], ["x"], (float("inf"), 0, 0, 1, 0)),
+        ([], [], (0.0, 0, 0, 0, 0)),
+    ],
+)
+def test_error_rate_by_hand(references, hypotheses, expected):
+    result = model.error_rate(references, hypotheses)
+    assert tuple(result[k] for k in ("rate", "substitutions", "deletions", "insertions", "units")) == expected
+
+
+def test_the_reference_decides_between_words_and_characters():
+    assert model.error_rate(["今天"], ["jin tian"])["units"] == 2
+    assert model.error_rate(["two words"], ["今天很好"])["units"] == 2
+    assert model.error_rate(["今天 ok"], ["今天 ok"])["units"] == 4
+    assert model.error_rate(["안녕하세요"], ["안녕"], language="ko")["deletions"] == 3
+
+
+def test_scoring_ignores_case_and_punctuation_unless_told_not_to():
+    assert model.error_rate(["Hello, you!"], ["hello you"])["rate"] == 0.0
+    assert model.error_rate(["Hello, you!"], ["hello you"], normalize=False)["rate"] == 1.0
+
+
+def test_lists_of_different_length_are_refused():
+    with pytest.raises(ValueError, match="2 references but 1"):
+        model.error_rate(["a", "b"], ["a"])

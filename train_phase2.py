@@ -1,0 +1,789 @@
+"""Stage 2: teach the adaptor (and optionally LoRA) to make a frozen LLM write what was said.
+
+    python train_phase2.py configs/phase2.yaml [key=value ...]
+    torchrun --nproc_per_node 4 train_phase2.py configs/phase2.yaml
+
+Loss    cross-entropy of the transcript and its end-of-turn token through the frozen LLM, summed over the step's
+        label tokens and divided by their number; logits on label positions only; plus loss.ctc_weight x CTC.
+        inputs  [system, user: prompt | speech | draft, assistant: | transcript, end of turn]
+        labels  [-100                 | -100   | -100              | transcript, end of turn]
+Speech  llm.speech=frames: the adaptor's output, one LLM position each `adaptor.stack` encoder frames.
+        llm.speech=ctc: one position for each token that CTC hears, the posterior-weighted mean of token embeddings;
+        a few times fewer positions, already in the LLM's own vocabulary, the better choice with little data.
+Draft   llm.draft: share of training clips whose prompt also carries the CTC 1-best as text. It is read from the same
+        masked and dropped-out forward pass, so that its errors in training resemble those of unseen speech.
+
+Input   cache of precompute.py, or audio on the fly (data.source=audio, with augmentation); init.dir of phase 1.
+Output  run.dir/adaptor_phase2_final.pt, ctc_head.pt, lora.pt (plain state dicts, best on valid), config.json: all that
+        infer.py needs; run.dir/last.pt to resume; metrics.jsonl and TensorBoard events
+Papers  SLAM-ASR arXiv:2402.08846 (bridge, frozen LLM), LoRA arXiv:2106.09685, CTC-compressed speech arXiv:2102.01757.
+Logged  ce (nats per label token), ctc (nats per clip), acc (share of label tokens predicted right, teacher-forced),
+        valid_ce, valid_acc, er (WER, or CER for Chinese, of greedy decoding on run.valid_decode clips), ctc_er (the same
+        of the CTC read-out), lr, grad_norm, audio_s_per_s, tokens (LLM positions per step incl. padding).
+"""
+
+import difflib
+import json
+import math
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import model
+
+DEFAULTS = {
+    "data.source": "cache",  # cache: outputs of precompute.py; audio: encode on the fly, with augmentation
+    "cache.dir": "",
+    "data.train": ...,  # manifests, separated by commas
+    "data.valid": ...,
+    "data.repeat": [1],  # how often each training manifest counts per epoch, one number for each
+    "data.speed": [1.0],  # cache: copies to use; audio: factors to draw from
+    "data.normalize": True,  # train on normalised text (lower case, no punctuation), as scoring does
+    "data.max_s": 30.0,  # audio: longer training clips are left out and counted
+    "data.max_bad": 100,  # audio: stop when more clips than this cannot be read
+    "workers": 2,  # audio: processes that read and augment
+    "encoder.name": "",  # audio: hub name or folder (a cache knows its own)
+    "encoder.language": "auto",
+    "encoder.text_norm": "woitn",
+    "encoder.pad_to_30s": False,
+    "init.dir": "",  # run.dir of train_phase1.py; empty: start from random weights
+    "llm.name": ...,
+    "llm.prompt": "Transcribe the speech:",
+    "llm.system": None,  # None: the chat template's own; "" an empty one
+    "llm.speech": "frames",  # frames or ctc
+    "llm.draft": 0.0,  # share of training clips with the CTC 1-best in the prompt
+    "llm.lora.r": 0,  # 0: the LLM stays as it is
+    "llm.lora.alpha": 16,
+    "llm.lora.targets": ["q_proj", "v_proj"],
+    "adaptor.train": True,  # False: only LoRA trains
+    "adaptor.hidden_dim": 2048,
+    "adaptor.num_layers": 4,
+    "adaptor.num_heads": 8,
+    "adaptor.dropout": 0.1,
+    "adaptor.stack": 1,
+    "adaptor.pre_norm": False,
+    "adaptor.keep_query_frames": False,
+    "loss.ctc_weight": 0.0,
+    "augment.time_masks": 0,  # spans of encoder frames set to zero, per clip
+    "augment.time_mask_frames": 12,
+    "augment.noise": 0.0,  # audio: probability of white noise at 5 to 30 dB SNR
+    "augment.telephone": 0.0,  # audio: probability of a telephone channel (300-3400 Hz, 8 kHz, G.711)
+    "augment.specaug": False,  # audio: SpecAugment on the features (2 frequency masks, 2 time masks)
+    "batch_tokens": 8192,  # LLM positions per process and micro-batch, padding included
+    "batch_clips": 64,  # at most
+    "optim.lr": 1e-4,  # peak; the original's 1e-5 is 10-200 x below every published peer
+    "optim.weight_decay": 0.01,
+    "optim.warmup_steps": 500,
+    "optim.schedule": "cosine",  # cosine (to 0) or constant, after the warm-up
+    "optim.clip": 0.5,
+    "optim.accum": 1,
+    "optim.epochs": 3,
+    "optim.max_steps": 0,  # > 0: exactly so many steps, whatever epochs says
+    "run.dir": ...,
+    "run.resume": False,
+    "run.save_every": 500,
+    "run.valid_every": 500,
+    "run.valid_decode": 64,  # clips of valid that are decoded, always the first ones
+    "run.log_every": 20,
+    "seed": 0,
+    "device": "auto",
+    "dtype": "auto",  # of the frozen LLM and autocast; trainable weights are fp32 always
+}
+
+
+# ---- configuration (the same lines in every script; tests/test_copies.py) ---------------------------------------
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """YAML loader that refuses a key given twice; PyYAML itself silently keeps the last."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"{node.start_mark.name}:{node.start_mark.line + 1}: key {key!r} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+def load_config(arguments, defaults):
+    """[config.yaml] key=value ... -> flat dict with every key of `defaults`; ValueError names file and nearest key."""
+    given = []  # (where, key, value), later ones win
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals:
+            given.append((f"argument {argument}", key.strip(), yaml.safe_load(value) if value else ""))
+            continue
+        if not Path(argument).is_file():
+            raise ValueError(f"{argument}: no such config file")
+        with open(argument, encoding="utf-8") as file:
+            tree = yaml.load(file, UniqueKeyLoader) or {}
+        if not isinstance(tree, dict):
+            raise ValueError(f"{argument}: expected `section:` or `key: value` lines")
+        stack = [("", tree)]
+        while stack:  # sections flatten into dotted keys
+            prefix, section = stack.pop()
+            for name, value in section.items():
+                dotted = f"{prefix}{name}"
+                if isinstance(value, dict):
+                    stack.append((f"{dotted}.", value))
+                else:
+                    given.append((argument, dotted, value))
+    config = dict(defaults)
+    for where, key, value in given:
+        if key not in defaults:
+            nearest = difflib.get_close_matches(key, defaults, 1, 0.0)[0]
+            raise ValueError(f"{where}: unknown key {key!r}; did you mean {nearest!r}? (--help lists all)")
+        config[key] = convert(value, defaults[key], f"{where}: {key}")
+    missing = [key for key, value in config.items() if value is ...]
+    if missing:
+        raise ValueError(f"required key not given: {', '.join(missing)}")
+    return config
+
+
+def convert(value, default, where):
+    """Bring a YAML value to the type of its default: PyYAML reads 1e-4 as a string and `no` as False."""
+    if isinstance(default, list):
+        items = value if isinstance(value, list) else [part.strip() for part in str(value).split(",")]
+        return [convert(item, default[0], where) for item in items] if default else items
+    kind = str if default is ... or default is None else type(default)
+    if value is None or isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return "" if value is None and kind is str else value
+    try:
+        if kind is bool or isinstance(value, (bool, list, dict)):
+            raise ValueError
+        return kind(value)
+    except ValueError:
+        raise ValueError(f"{where}: expected {kind.__name__}, got {value!r} ({type(value).__name__})") from None
+
+
+def run_main(main, defaults, doc):
+    """Command line of a script: --help, one-line errors for what the user can mend, exit status 2."""
+    if any(argument in ("-h", "--help") for argument in sys.argv[1:]):
+        width = max(len(key) for key in defaults)
+        lines = (f"  {key:{width}}  {'(required)' if value is ... else value!r}" for key, value in defaults.items())
+        print(doc.strip(), "\n\nKeys and defaults:", *lines, sep="\n")
+        return
+    try:
+        main(load_config(sys.argv[1:], defaults))
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def pick_device(cfg):
+    """Device and dtype of the frozen weights; under torchrun also joins the process group."""
+    kind = cfg["device"]
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch sees no GPU here; use device=cpu, or check the driver with nvidia-smi")
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
+    if kind == "cuda":
+        kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(kind)
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    names["auto"] = torch.bfloat16 if kind.startswith("cuda") else torch.float32
+    if cfg["dtype"] not in names:
+        raise ValueError(f"dtype: expected one of {', '.join(names)}, got {cfg['dtype']!r}")
+    return torch.device(kind), names[cfg["dtype"]]
+
+
+def rank_and_world():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def write_atomic(path, write):
+    """Call `write(file)` on a temporary file, fsync, then rename: a kill or a full disk leaves the old file whole."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(f"{path}: could not be written ({error.strerror}); what was there before is unchanged") from error
+        raise
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype != torch.float32)
+
+
+# ---- data: the cache of precompute.py, and the order of batches (the same lines in both training scripts) ----------
+
+
+class EncoderCache:
+    """Encoder outputs by key, memory-mapped: cache[key] -> (T, W) fp16 array."""
+
+    def __init__(self, folder):
+        folder = Path(folder)
+        if not (folder / "cache.json").is_file():
+            raise ValueError(f"{folder}: no cache here; run precompute.py with cache.dir={folder} first")
+        self.identity = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
+        self.width, self.frame_ms = self.identity["encoder.width"], self.identity["encoder.frame_ms"]
+        self.shards, self.clips, self.bad = [], {}, {}
+        for path in sorted(folder.glob("shard-*.json")):
+            shard = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                frames = np.load(path.with_suffix(".npy"), mmap_mode="r")
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{path.with_suffix('.npy')}: unreadable or truncated ({error}); delete {path.name} "
+                                 "and run precompute.py again") from error
+            if frames.shape != (shard["frames"], self.width):
+                raise ValueError(f"{path.with_suffix('.npy')}: holds {frames.shape}, its index says "
+                                 f"{(shard['frames'], self.width)}; delete both and run precompute.py again")
+            self.clips |= {clip["key"]: (len(self.shards), clip) for clip in shard["clips"]}
+            self.bad |= {row["key"]: row["reason"] for row in shard["bad"]}
+            self.shards.append(frames)
+
+    def __getitem__(self, key):
+        shard, clip = self.clips[key]
+        return self.shards[shard][clip["first"] : clip["first"] + clip["frames"]]
+
+
+def read_utterances(specs, cache, tokenizer, normalize, speeds=(1.0,), repeat=(1,)):
+    """Manifests -> utterances that the cache holds: key, target, ids (LLM tokens), frames, seconds, language.
+
+    Clips that precompute.py left out are left out here too and counted; empty transcripts likewise. A key that the
+    cache has never seen means that the cache belongs to another manifest: ValueError.
+    """
+    specs = [spec.strip() for spec in specs.split(",") if spec.strip()]
+    if len(repeat) not in (1, len(specs)):
+        raise ValueError(f"data.repeat has {len(repeat)} numbers for {len(specs)} manifests; give one for each")
+    utterances, left_out = [], []
+    for number, spec in enumerate(specs):
+        for row in model.read_manifest(spec):
+            target = model.normalize_text(row["target"], row.get("language")) if normalize else row["target"].strip()
+            ids = model.text_to_ids(tokenizer, target)
+            for speed in speeds:
+                key = row["key"] if speed == 1.0 else f"{row['key']}@{speed}"
+                if key in cache.bad or not ids:
+                    left_out.append((key, cache.bad.get(key, "empty transcript")))
+                    continue
+                if key not in cache.clips:
+                    raise ValueError(f"{row['where']}: {key} is not in the cache; run precompute.py over this manifest")
+                clip = cache.clips[key][1]
+                utterance = {"key": key, "target": target, "ids": ids, "frames": clip["frames"],
+                             "seconds": clip["seconds"], "language": row.get("language")}
+                utterances += [utterance] * repeat[number % len(repeat)]
+    if left_out:
+        print(f"{', '.join(specs)}: {len(left_out)} clips left out, first {left_out[0][0]}: {left_out[0][1]}")
+    if not utterances:
+        raise ValueError(f"{', '.join(specs)}: no usable utterance")
+    return utterances
+
+
+def cut_batches(order, lengths, size, budget, world):
+    """Cut indices (sorted by length) into batches of at most `size` clips and `budget` padded frames, per process."""
+    batches, batch, longest = [], [], 0
+    for index in order:
+        longest = max(longest, lengths[index])
+        if batch and (len(batch) + 1 > size * world or longest * (len(batch) + 1) > budget * world):
+            batches.append(batch)
+            batch, longest = [], lengths[index]
+        batch.append(index)
+    if batches and len(batch) < world:  # too few for every process to have one
+        batches[-1] += batch
+    else:
+        batches.append(batch)
+    return batches
+
+
+def epoch_batches(lengths, size, budget, world, seed, epoch):
+    """Batches of one epoch, a pure function of seed and epoch: neighbours in length, in shuffled order.
+
+    The longest batch comes first: if memory does not suffice, the run ends in its first step and not in its last.
+    """
+    rng = random.Random(f"{seed}-{epoch}")
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    pool = 32 * size * world
+    batches = []
+    for start in range(0, len(order), pool):
+        batches += cut_batches(sorted(order[start : start + pool], key=lengths.__getitem__), lengths, size, budget, world)
+    rng.shuffle(batches)
+    if epoch == 0:
+        worst = max(range(len(batches)), key=lambda b: len(batches[b]) * max(lengths[i] for i in batches[b]))
+        batches.insert(0, batches.pop(worst))
+    return batches
+
+
+def load_frames(utterances, cache, cfg, seed=None):
+    """Cached encoder outputs of one batch: enc (B, T, W) fp32, lens (B,). seed: mask spans of time, for training."""
+    rows = []
+    for utterance in utterances:
+        row = torch.from_numpy(np.array(cache[utterance["key"]], dtype=np.float32))  # (T, W)
+        if seed is not None and cfg["augment.time_masks"]:
+            rng = random.Random(f"{seed}-{utterance['key']}")
+            for _ in range(cfg["augment.time_masks"]):
+                width = min(rng.randint(0, cfg["augment.time_mask_frames"]), len(row) // 4)
+                first = rng.randint(0, len(row) - width)
+                row[first : first + width] = 0.0
+        rows.append(row)
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
+
+
+# ---- bookkeeping of a training run (the same lines in both training scripts) ----------------------------------------
+
+
+def learning_rate(step, total, cfg):
+    """Linear warm-up over steps 0..warmup-1, then cosine to 0 or constant: a pure function of the step."""
+    warmup = cfg["optim.warmup_steps"]
+    if step < warmup:
+        return cfg["optim.lr"] * (step + 1) / warmup
+    if cfg["optim.schedule"] == "constant":
+        return cfg["optim.lr"]
+    return cfg["optim.lr"] * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def make_optimizer(module, cfg, device):
+    """AdamW without weight decay on vectors (norms, biases, scales); fused on a GPU."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trainable if p.ndim > 1], "weight_decay": cfg["optim.weight_decay"]},
+              {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg["optim.lr"], betas=(0.9, 0.98), fused=device.type == "cuda")
+
+
+def open_run(cfg, rank):
+    """Make run.dir, or open it again to resume. Output: content of last.pt, or None.
+
+    A folder with results in it is refused unless run.resume is set: two runs would mix their files.
+    """
+    folder = Path(cfg["run.dir"])
+    folder.mkdir(parents=True, exist_ok=True)
+    last = folder / "last.pt"
+    if not cfg["run.resume"]:
+        if (folder / "metrics.jsonl").exists() or last.exists():
+            raise ValueError(f"{folder}: already holds a run; give another run.dir, or run.resume=true to go on with it")
+        state = None
+    elif last.exists():
+        state = torch.load(last, map_location="cpu", weights_only=True)
+        changed = [f"{k}: {v!r} -> {cfg[k]!r}" for k, v in state["config"].items() if k in cfg and cfg[k] != v]
+        if rank == 0:
+            print(f"resuming at step {state['step']}; changed: {', '.join(changed) or 'nothing'}")
+    else:
+        state = None  # killed before its first checkpoint: start again from nothing
+    if rank == 0:
+        write_atomic(folder / "config.yaml", lambda file: file.write(yaml.safe_dump(cfg, sort_keys=False).encode()))
+    return state
+
+
+def trim_metrics(path, step):
+    """Drop the lines that a killed run wrote after its last checkpoint; they will be written again."""
+    if path.exists():
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
+        write_atomic(path, lambda file: file.writelines(line.encode() for line in kept))
+
+
+def log_metrics(path, writer, step, values):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step} | {k: round(float(v), 6) for k, v in values.items()}) + "\n")
+    for name, value in values.items():
+        writer.add_scalar(name, value, step)
+
+
+# ---- audio on the fly -------------------------------------------------------------------------------------------
+
+
+def read_audio_utterances(cfg, specs, tokenizer, encoder, repeat=(1,)):
+    """Manifests -> utterances with `source`, without a cache; lengths come from the files' headers."""
+    import soundfile
+
+    specs, utterances, left_out = [spec.strip() for spec in specs.split(",") if spec.strip()], [], []
+    for number, spec in enumerate(specs):
+        for row in model.read_manifest(spec):
+            target = model.normalize_text(row["target"], row.get("language")) if cfg["data.normalize"] else row["target"]
+            ids = model.text_to_ids(tokenizer, target)
+            try:
+                seconds = soundfile.info(row["source"]).duration
+                reason = "" if ids else "empty transcript"
+                reason = reason or ("" if 0.1 <= seconds <= cfg["data.max_s"] else f"{seconds:.2f} s, outside 0.1..max_s")
+            except (RuntimeError, OSError) as error:
+                reason = f"{row['source']}: {error}"
+            if reason:
+                left_out.append({"key": row["key"], "source": row["source"], "reason": reason})
+                continue
+            frames = encoder.num_frames(round(seconds * encoder.sample_rate))
+            utterance = {"key": row["key"], "source": row["source"], "target": target, "ids": ids, "frames": frames,
+                         "seconds": seconds, "language": row.get("language")}
+            utterances += [utterance] * repeat[number % len(repeat)]
+    return utterances, left_out
+
+
+class AudioClips(torch.utils.data.Dataset):
+    """utterance -> (features (T, F), reason): read, augment and featurise one clip; random by seed, epoch and key."""
+
+    def __init__(self, utterances, encoder, cfg, epoch=None):
+        self.utterances, self.encoder, self.cfg, self.epoch = utterances, encoder, cfg, epoch
+
+    def __len__(self):
+        return len(self.utterances)
+
+    def __getitem__(self, index):
+        cfg, utterance, rate = self.cfg, self.utterances[index], self.encoder.sample_rate
+        try:
+            wave = model.load_audio(utterance["source"], rate)
+            if self.epoch is not None:
+                wave = self.augment(wave, rate, f"{cfg['seed']}-{self.epoch}-{utterance['key']}")
+            return self.encoder.features(wave, utterance["key"]), ""
+        except model.AudioError as error:  # one second of silence without labels takes its place in the batch
+            return self.encoder.features(torch.zeros(rate)), str(error)
+
+    def augment(self, wave, rate, seed):
+        cfg, rng = self.cfg, random.Random(seed)
+        generator = torch.Generator().manual_seed(rng.getrandbits(60))
+        wave = model.change_speed(wave, rng.choice(cfg["data.speed"]), rate)
+        if rng.random() < cfg["augment.noise"]:
+            level = wave.std() * 10 ** (-rng.uniform(5, 30) / 20)
+            wave = wave + level * torch.randn(wave.shape, generator=generator)
+        if rng.random() < cfg["augment.telephone"]:
+            wave = model.telephone_channel(wave, rate, generator)
+        return wave
+
+
+def encoder_batches(utterances, batches, encoder, cfg, device, dtype, epoch, bad):
+    """Encode batches (lists of indices) as they come: yields enc (B, T, W), lens (B,), usable (B,) list of bool."""
+    loader = torch.utils.data.DataLoader(
+        AudioClips(utterances, encoder, cfg, epoch), batch_sampler=batches, collate_fn=list, num_workers=cfg["workers"],
+        multiprocessing_context="fork" if cfg["workers"] else None,
+        generator=torch.Generator(),  # its own: the default would draw from the run's random state
+    )
+    masking = model.SpecAugLFR(
+        apply_time_warp=False, freq_mask_width_range=(0, 20), time_mask_width_range=(0, 20), time_mask_max_ratio=0.1,
+        lfr_rate=model.LFR_M - 1 if isinstance(encoder, model.KaldiEncoder) else 0)
+    for batch, items in zip(batches, loader):
+        lens = torch.tensor([len(feats) for feats, _ in items])
+        feats = torch.nn.utils.rnn.pad_sequence([feats for feats, _ in items], batch_first=True)
+        if cfg["augment.specaug"] and epoch is not None:
+            seed = int(model.hash_text([cfg["seed"], epoch, batch])[:12], 16)
+            feats, lens = masking(feats, lens, torch.Generator().manual_seed(seed))
+        for index, (_, reason) in zip(batch, items):
+            if reason:
+                bad.append({"key": utterances[index]["key"], "source": utterances[index]["source"], "reason": reason})
+        with torch.no_grad(), autocast(device, dtype):
+            enc, enc_lens = encoder(feats.to(device), lens.to(device))
+        yield enc.float(), enc_lens, [not reason for _, reason in items]
+
+
+# ---- model ------------------------------------------------------------------------------------------------------
+
+
+class Phase2(nn.Module):
+    """Adaptor, CTC head and LLM in one module, so that DDP wraps one forward pass."""
+
+    def __init__(self, adaptor, ctc, llm, tokenizer, cfg):
+        super().__init__()
+        self.adaptor, self.ctc, self.llm = adaptor, ctc, llm
+        self.tokenizer, self.cfg, self.stop_id = tokenizer, cfg, model.end_of_turn(tokenizer)
+
+    def prompts(self, count, drafts):
+        return [model.build_prompt(self.tokenizer, self.cfg["llm.prompt"], drafts[i], system=self.cfg["llm.system"])
+                for i in range(count)]
+
+    def listen(self, enc, lens, with_draft):
+        """Speech for the LLM, prompts (with the CTC 1-best where with_draft[i]), CTC scores and their lengths."""
+        speech, speech_lens, log_probs, emb_lens = model.speech_for_llm(
+            self.adaptor, self.ctc, enc, lens, self.cfg["llm.speech"])
+        drafts = [None] * len(enc)
+        if any(with_draft):
+            paths = model.ctc_greedy(log_probs, emb_lens, self.ctc.blank)
+            drafts = [self.tokenizer.decode(self.ctc.tokens(path)).strip() if wanted else None
+                      for path, wanted in zip(paths, with_draft)]
+        return speech, speech_lens, self.prompts(len(enc), drafts), log_probs, emb_lens
+
+    def forward(self, enc, lens, ids, with_draft):
+        """Sums over the batch: CE (nats), right tokens, CTC (nats), impossible CTC rows; a row without ids adds 0."""
+        speech, speech_lens, prompts, log_probs, emb_lens = self.listen(enc, lens, with_draft)
+        targets = [[*row, self.stop_id] if row else [] for row in ids]
+        spliced = model.splice(self.llm.get_input_embeddings(), prompts, speech, speech_lens, targets)
+        ce, _, right = model.transcript_loss(self.llm, spliced)
+        ctc, impossible = ce.detach() * 0.0, 0
+        if self.cfg["loss.ctc_weight"]:
+            ctc, impossible = self.ctc.loss(log_probs, emb_lens, [self.ctc.classes(row) for row in ids])
+        return ce, right, ctc, impossible, spliced["labels"].numel()
+
+
+def build(cfg, width, llm, tokenizer, train, device):
+    """Adaptor and CTC head, from phase 1 where init.dir says so."""
+    table = llm.get_input_embeddings().weight
+    needs_ctc = cfg["llm.speech"] == "ctc" or cfg["llm.draft"] > 0 or cfg["loss.ctc_weight"] > 0
+    adaptor = model.AudioAdaptor(
+        width, table.shape[1], cfg["adaptor.hidden_dim"], cfg["adaptor.num_layers"], cfg["adaptor.num_heads"],
+        cfg["adaptor.dropout"], cfg["adaptor.stack"], cfg["adaptor.pre_norm"], model.embedding_rms(table))
+    tokens, head, folder = sorted({token for u in train for token in u["ids"]}), None, Path(cfg["init.dir"])
+    if cfg["init.dir"]:
+        model.load_weights(adaptor, folder / "adaptor_cached.pt")
+        if needs_ctc and (folder / "ctc_head.pt").is_file():
+            head = torch.load(folder / "ctc_head.pt", map_location="cpu", weights_only=True)
+            tokens = head["token_ids"].tolist()
+    if needs_ctc and head is None and cfg["loss.ctc_weight"] == 0:
+        raise ValueError("llm.speech=ctc and llm.draft need a trained CTC head: give the init.dir of a phase 1 with "
+                         "loss.ctc_weight > 0, or set loss.ctc_weight here to train one from scratch")
+    ctc = model.CTCHead(table.shape[1], embedding=table, token_ids=tokens) if needs_ctc else None
+    if head is not None:
+        ctc.load_state_dict(head)
+    if not cfg["adaptor.train"]:
+        adaptor.requires_grad_(False)
+    if ctc is not None and not (cfg["loss.ctc_weight"] > 0 and cfg["adaptor.train"] or cfg["llm.speech"] == "ctc"
+                                and cfg["adaptor.train"]):
+        ctc.requires_grad_(False)
+    phase = Phase2(adaptor, ctc, llm, tokenizer, cfg).to(device)
+    if not any(p.requires_grad for p in phase.parameters()):
+        raise ValueError("nothing trains: set adaptor.train=true or llm.lora.r > 0")
+    return phase
+
+
+# ---- validation -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def validate(phase, utterances, load, cfg, device, dtype):
+    """Teacher-forced loss and accuracy on all of valid, greedy error rates on its first run.valid_decode clips."""
+    phase.eval()
+    drafted = cfg["llm.draft"] > 0
+    sums, said, heard, read = torch.zeros(3), [], [], []
+    for start in range(0, len(utterances), 16):
+        batch = utterances[start : start + 16]
+        enc, lens = load(batch)
+        enc, lens = enc.to(device), lens.to(device)
+        with autocast(device, dtype):
+            ce, right, _, _, _ = phase(enc, lens, [u["ids"] for u in batch], [drafted] * len(batch))
+        sums += torch.tensor([float(ce), float(right), sum(len(u["ids"]) + 1 for u in batch)])
+        if start >= cfg["run.valid_decode"]:
+            continue
+        with autocast(device, dtype):
+            speech, speech_lens, prompts, log_probs, emb_lens = phase.listen(enc, lens, [drafted] * len(batch))
+            spliced = model.splice(phase.llm.get_input_embeddings(), prompts, speech, speech_lens, pad_left=True)
+            caps = [model.token_cap(u["seconds"]) for u in batch]
+            answers, _ = model.greedy_decode(phase.llm, spliced, phase.stop_id, caps)
+        said += batch
+        heard += [phase.tokenizer.decode(answer).strip() for answer in answers]
+        if log_probs is not None:
+            paths = model.ctc_greedy(log_probs, emb_lens, phase.ctc.blank)
+            read += [phase.tokenizer.decode(phase.ctc.tokens(path)).strip() for path in paths]
+    phase.train()
+    scores = {"valid_ce": sums[0] / sums[2], "valid_acc": sums[1] / sums[2]}
+    references = [u["target"] for u in said]
+    if said:
+        scores["er"] = model.error_rate(references, heard)["rate"]
+    if read:
+        scores["ctc_er"] = model.error_rate(references, read)["rate"]
+    return scores, list(zip(references, heard))[:3]
+
+
+# ---- the run ----------------------------------------------------------------------------------------------------
+
+
+def trained_state(phase):
+    """What training changes, and the adaptor and CTC head whole, by name; the frozen LLM is not in it."""
+    state = {f"adaptor.{k}": v for k, v in phase.adaptor.state_dict().items()}
+    state |= {f"ctc.{k}": v for k, v in phase.ctc.state_dict().items()} if phase.ctc is not None else {}
+    return state | {f"llm.{k}": v.detach() for k, v in model.lora_parameters(phase.llm).items()}
+
+
+def save_results(phase, cfg, identity, folder):
+    """Plain state dicts and config.json: everything that infer.py needs besides encoder and LLM."""
+    parts = {"adaptor_phase2_final.pt": phase.adaptor.state_dict()}
+    if phase.ctc is not None:
+        parts["ctc_head.pt"] = phase.ctc.state_dict()
+    if lora := model.lora_parameters(phase.llm):
+        parts["lora.pt"] = {name: parameter.detach() for name, parameter in lora.items()}
+    for name, content in parts.items():
+        write_atomic(folder / name, lambda file, content=content: torch.save(content, file))
+    kept = {k: v for k, v in cfg.items() if k.split(".")[0] in ("llm", "adaptor", "encoder") or k == "data.normalize"}
+    text = json.dumps({"format": 1} | kept | identity, ensure_ascii=False, indent=1)
+    write_atomic(folder / "config.json", lambda file: file.write(text.encode()))
+
+
+def stream(train, encoder, cache, cfg, device, dtype, epoch, used, prompt_tokens, bad):
+    """Endless batches from (epoch, used) on: yields epoch, used, utterances of this process, enc, lens, usable."""
+    rank, world = rank_and_world()
+    stack = cfg["adaptor.stack"]
+    lengths = [-(-u["frames"] // stack) + 2 * len(u["ids"]) + prompt_tokens for u in train]
+    while True:
+        batches = epoch_batches(lengths, cfg["batch_clips"], cfg["batch_tokens"], world, cfg["seed"], epoch)[used:]
+        mine = [batch[rank::world] for batch in batches]
+        encoded = encoder_batches(train, mine, encoder, cfg, device, dtype, epoch, bad) if cache is None else None
+        for batch in mine:
+            utterances = [train[i] for i in batch]
+            used += 1
+            if cache is None:
+                enc, lens, usable = next(encoded)
+            else:
+                enc, lens = load_frames(utterances, cache, cfg, seed=f"{cfg['seed']}-{epoch}-{used}")
+                usable = [True] * len(utterances)
+            yield epoch, used, utterances, enc, lens, usable
+        epoch, used = epoch + 1, 0
+
+
+def main(cfg):
+    device, dtype = pick_device(cfg)
+    rank, world = rank_and_world()
+    torch.manual_seed(cfg["seed"])
+    llm, tokenizer = model.load_llm(cfg["llm.name"], dtype, device, cfg["llm.lora.r"], cfg["llm.lora.alpha"],
+                                    cfg["llm.lora.targets"])
+    cache, encoder, bad = None, None, []
+    if cfg["data.source"] == "cache":
+        cache = EncoderCache(cfg["cache.dir"])
+        width, identity = cache.width, {k: v for k, v in cache.identity.items() if k.startswith("encoder.")}
+        train = read_utterances(cfg["data.train"], cache, tokenizer, cfg["data.normalize"], cfg["data.speed"],
+                                cfg["data.repeat"])
+        valid = read_utterances(cfg["data.valid"], cache, tokenizer, cfg["data.normalize"])
+    elif cfg["data.source"] == "audio":
+        encoder = model.load_encoder(cfg["encoder.name"], cfg["encoder.language"], cfg["encoder.text_norm"],
+                                     cfg["adaptor.keep_query_frames"], cfg["encoder.pad_to_30s"]).to(device)
+        width, identity = encoder.width, {f"encoder.{key}": value for key, value in encoder.identity.items()}
+        train, bad = read_audio_utterances(cfg, cfg["data.train"], tokenizer, encoder, cfg["data.repeat"])
+        valid, bad_valid = read_audio_utterances(cfg, cfg["data.valid"], tokenizer, encoder)
+        bad += bad_valid
+    else:
+        raise ValueError(f"data.source: expected cache or audio, got {cfg['data.source']!r}")
+    identity["llm.weights"] = llm.identity["weights"]
+    state = open_run(cfg, rank)
+    phase = build(cfg, width, llm, tokenizer, train, device)
+    optimizer = make_optimizer(phase, cfg, device)
+    wrapped = nn.parallel.DistributedDataParallel(phase) if world > 1 else phase
+    prompt_tokens = sum(len(part) for part in phase.prompts(1, [None])[0])
+    step, epoch, used, best, spent, accum = 0, 0, 0, math.inf, 0.0, cfg["optim.accum"]
+    if state:
+        missing, unknown = phase.load_state_dict(state["trained"], strict=False)
+        assert not unknown and all(name.startswith("llm.") and "lora_" not in name for name in missing)
+        optimizer.load_state_dict(state["optimizer"])
+        step, epoch, used, best, spent = (state[k] for k in ("step", "epoch", "used", "best", "seconds"))
+        torch.set_rng_state(state["rng"])
+    lengths = [-(-u["frames"] // cfg["adaptor.stack"]) + 2 * len(u["ids"]) + prompt_tokens for u in train]
+    per_epoch = len(epoch_batches(lengths, cfg["batch_clips"], cfg["batch_tokens"], world, cfg["seed"], 0))
+    total = cfg["optim.max_steps"] or cfg["optim.epochs"] * per_epoch // accum
+    folder, metrics, writer = Path(cfg["run.dir"]), Path(cfg["run.dir"]) / "metrics.jsonl", None
+    if rank == 0:
+        trim_metrics(metrics, step)
+        writer = SummaryWriter(folder, purge_step=step + 1)
+        print_start(cfg, phase, train, valid, total, device, dtype, world, identity)
+
+    def load_valid(utterances):
+        if cache is not None:
+            return load_frames(utterances, cache, cfg)
+        enc, lens, _ = next(encoder_batches(utterances, [list(range(len(utterances)))], encoder, cfg, device, dtype,
+                                            None, bad))
+        return enc, lens
+
+    phase.train()
+    batches = stream(train, encoder, cache, cfg, device, dtype, epoch, used, prompt_tokens, bad)
+    window, started = new_window(), time.time()
+    bar = tqdm(total=total, initial=step, unit="step", disable=rank != 0 or None)
+    while step < total:
+        lr = learning_rate(step, total, cfg)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        micro = [next(batches) for _ in range(accum)]
+        epoch, used = micro[-1][:2]
+        ids = [[u["ids"] if good else [] for u, good in zip(utterances, usable)] for _, _, utterances, _, _, usable in micro]
+        counts = torch.tensor([sum(len(row) + 1 for part in ids for row in part if row),
+                               sum(1 for part in ids for row in part if row)], dtype=torch.float64, device=device)
+        if world > 1:
+            dist.all_reduce(counts)
+        tokens, clips = counts.clamp(min=1).tolist()  # label tokens and clips of the whole step, all processes
+        for (_, _, utterances, enc, lens, _), part in zip(micro, ids):
+            rng = random.Random(f"{cfg['seed']}-{step}-{utterances[0]['key']}")
+            with_draft = [rng.random() < cfg["llm.draft"] for _ in utterances]
+            with autocast(device, dtype):
+                ce, right, ctc, impossible, positions = wrapped(enc.to(device), lens.to(device), part, with_draft)
+            loss = ce / tokens + cfg["loss.ctc_weight"] * ctc / clips
+            (loss * world).backward()  # DDP averages over processes, we want the sum
+            window["ce"] += ce.detach()
+            window["ctc"] += ctc.detach()
+            window["right"] += right
+            window["labels"] += sum(len(row) + 1 for row in part if row)
+            window["clips"] += sum(1 for row in part if row)
+            window["impossible"] += impossible
+            window["tokens"] += positions
+            window["audio_s"] += sum(u["seconds"] for u in utterances)
+        trainable = [p for p in phase.parameters() if p.requires_grad]
+        grad_norm = nn.utils.clip_grad_norm_(trainable, cfg["optim.clip"], error_if_nonfinite=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        bar.update(1)
+        last = step == total
+        if len(bad) > cfg["data.max_bad"]:
+            raise ValueError(f"{len(bad)} clips cannot be used, more than data.max_bad={cfg['data.max_bad']}; "
+                             f"the last is {bad[-1]['key']}: {bad[-1]['reason']}")
+        if rank == 0 and (step % cfg["run.log_every"] == 0 or last):
+            log_window(window, cfg, step, total, lr, grad_norm, len(bad), metrics, writer, bar)
+            window = new_window()
+        if step % cfg["run.valid_every"] == 0 or last:
+            scores, samples = validate(phase, valid, load_valid, cfg, device, dtype)
+            score = float(scores.get("er", scores["valid_ce"]))
+            if rank == 0:
+                log_metrics(metrics, writer, step, scores)
+                tqdm.write(f"  valid {step}: " + "  ".join(f"{k} {float(v):.4f}" for k, v in scores.items()))
+                for said, heard in samples:
+                    tqdm.write(f"    said  {said}\n    heard {heard}")
+                if score < best:
+                    save_results(phase, cfg, identity, folder)
+            best = min(best, score)
+        if rank == 0 and (step % cfg["run.save_every"] == 0 or last):
+            state = {"format": 1, "trained": trained_state(phase), "optimizer": optimizer.state_dict(), "step": step,
+                     "epoch": epoch, "used": used, "best": best, "rng": torch.get_rng_state(), "config": cfg,
+                     "identity": identity, "seconds": spent + time.time() - started}
+            write_atomic(folder / "last.pt", lambda file, state=state: torch.save(state, file))
+    bar.close()
+    if rank == 0:
+        if cache is None:
+            lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in bad]
+            write_atomic(folder / "bad.jsonl", lambda file: file.writelines(lines))
+        print(f"done: {step} steps, best {best:.4f}, {spent + time.time() - started:.0f} s -> {folder}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def new_window():
+    return {"ce": 0.0, "ctc": 0.0, "right": 0.0, "labels": 0, "clips": 0, "impossible": 0, "tokens": 0, "audio_s": 0.0,
+            "steps_from": time.time()}
+
+
+def log_window(window, cfg, step, total, lr, grad_norm, bad, metrics, writer, bar):
+    """One line per interval: losses averaged over the interval."""
+    values = {"ce": float(window["ce"]) / window["labels"], "ctc": float(window["ctc"]) / window["clips"],
+              "acc": float(window["right"]) / window["labels"], "lr": lr, "grad_norm": grad_norm,
+              "audio_s_per_s": window["audio_s"] / (time.time() - window["steps_from"]),
+              "tokens": window["tokens"] / cfg["run.log_every"], "impossible": window["impossible"], "bad": bad}
+    log_metrics(metrics, writer, step, values)
+    bar.set_postfix(ce=f"{values['ce']:.3f}", lr=f"{lr:.1e}")
+    memory = f" {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
+    tqdm.write(f"{step:6d}/{total} ce {values['ce']:7.4f} acc {values['acc']:.3f} ctc {values['ctc']:8.4f} lr {lr:.2e} "
+               f"norm {float(grad_norm):7.3f} {values['audio_s_per_s']:7.1f} audio s/s{memory}")
+
+
+def print_start(cfg, phase, train, valid, total, device, dtype, world, identity):
+    """Everything derived, once, before the first step."""
+    hours = sum(u["seconds"] for u in train) / 3600
+    print(f"train {len(train)} clips, {hours:.2f} h an epoch; valid {len(valid)} clips | {total} steps of at most "
+          f"{cfg['batch_clips']} clips and {cfg['batch_tokens']} positions x {world} x {cfg['optim.accum']}")
+    for name, part in phase.named_children():
+        trains = sum(p.numel() for p in part.parameters() if p.requires_grad)
+        print(f"  {name}: {trains:,} trainable, {sum(p.numel() for p in part.parameters()) - trains:,} frozen")
+    before, after = phase.prompts(1, [None])[0]
+    print(f"prompt: {phase.tokenizer.decode(before)!r} SPEECH {phase.tokenizer.decode(after)!r}")
+    print(f"encoder {identity['encoder.name']}, LLM {cfg['llm.name']}, device {device}, {dtype}, "
+          f"torch {torch.__version__}, seed {cfg['seed']}", flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main, DEFAULTS, __doc__)
