@@ -108,7 +108,7 @@ def load_phase1(cfg):
     cache = train_phase1.EncoderCache(settings["cache.dir"])
     table, tokenizer = model.load_embedding(settings["llm.name"])
     head = torch.load(folder / "ctc_head.pt", weights_only=True)
-    phase = train_phase1.build(settings, cache, table, [], torch.device("cpu"))
+    phase = train_phase1.build(settings | {"loss.ctc_weight": 0}, cache, table, [], torch.device("cpu"))
     phase.ctc = model.CTCHead(table.shape[1], embedding=table, token_ids=head["token_ids"])
     phase.ctc.load_state_dict(head)
     model.load_weights(phase.adaptor, folder / "adaptor_cached.pt")
@@ -118,7 +118,8 @@ def load_phase1(cfg):
 def retrieval(cfg, manifest, phase, settings, cache, table, tokenizer):
     """Phase 1 alone on unseen texts: R@1 (audio -> text), CTC error rate and the similarity matrix."""
     clips = train_phase1.read_utterances(manifest, cache, tokenizer, settings["data.normalize"])
-    scores, _ = train_phase1.validate(phase, clips, cache, table, tokenizer, settings, torch.device("cpu"), torch.float32)
+    scores, _ = train_phase1.validate(phase, clips, cache, table, tokenizer, settings, torch.device("cpu"),
+                                      torch.float32)
     with torch.no_grad():
         audio = torch.cat([phase.pool(*train_phase1.load_frames([u], cache, settings))[2] for u in clips])
     texts = torch.stack([train_phase1.pool_text(u["ids"], table) for u in clips])
@@ -143,7 +144,7 @@ def plot_losses(cfg, folder):
 def plot_similarity(similarity, folder):
     figure, axis = plt.subplots(figsize=(6, 5.2))
     picture = axis.imshow(similarity, cmap="magma")
-    axis.set(title="audio-text similarity of the held-out clips\n(phase 1; a bright diagonal = the right text is nearest)",
+    axis.set(title="audio-text similarity of the held-out clips\n(phase 1; bright diagonal: the right text is nearest)",
              xlabel="text", ylabel="clip")
     figure.colorbar(picture, label="cosine")
     save_plot(figure, folder / "similarity.png")
@@ -239,7 +240,8 @@ def write_train_part(path, count=100):
 def print_table(results, home):
     rows = [("Whisper tiny.en, own decoder", "whisper_wer"), ("CTC read-out (phase 2's adaptor)", "ctc_wer"),
             ("LLM", "llm_wer"), ("LLM, no CTC draft in the prompt", "llm_wer_no_draft"),
-            ("LLM, no draft, another clip's speech", "llm_wer_wrong_audio"), ("LLM, texts of training", "llm_wer_train"),
+            ("LLM, no draft, another clip's speech", "llm_wer_wrong_audio"),
+            ("LLM, texts of training", "llm_wer_train"),
             ("LLM, other speakers (11 clips)", "other_speakers_llm_wer")]
     print(f"\n{results['n_test_utterances']} held-out clips, {results['n_test_words']} words, seed {results['seed']}")
     for label, key in rows:
@@ -257,7 +259,8 @@ def ablation(cfg):
         variant = cfg | {"run": str(base / "ablation" / name.replace(" + ", "_"))}
         start = []
         if losses is not None:
-            train_stage(variant, "phase1", "train_phase1.py", ["configs/demo_phase1.yaml", "optim.max_steps=300", *losses])
+            train_stage(variant, "phase1", "train_phase1.py",
+                        ["configs/demo_phase1.yaml", "optim.max_steps=300", *losses])
             start = [f"init.dir={Path(variant['run']) / 'phase1'}"]
         train_stage(variant, "phase2", "train_phase2.py", [
             "configs/demo_phase2.yaml", "llm.speech=frames", "llm.draft=0", "adaptor.train=true", "init.dir=", *start,

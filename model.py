@@ -803,7 +803,9 @@ def load_embedding(name):
 
     folder, tensor = find_model(name), "model.embed_tokens.weight"
     index = folder / "model.safetensors.index.json"
-    file = json.loads(index.read_text(encoding="utf-8"))["weight_map"][tensor] if index.is_file() else "model.safetensors"
+    file = "model.safetensors"
+    if index.is_file():  # large models come in several files
+        file = json.loads(index.read_text(encoding="utf-8"))["weight_map"][tensor]
     if not (folder / file).is_file():
         raise ValueError(f"{folder}: has no {file}; earshot reads safetensors only")
     with safe_open(folder / file, framework="pt") as weights:
@@ -1035,7 +1037,7 @@ def read_manifest(spec):
     seen = {}
     for row in rows:
         if row["key"] in seen:
-            raise ValueError(f"{row['where']}: key {row['key']!r} already stands at {seen[row['key']]}; keys are unique")
+            raise ValueError(f"{row['where']}: key {row['key']!r} stands at {seen[row['key']]} too; keys are unique")
         seen[row["key"]] = row["where"]
     if not rows:
         raise ValueError(f"{spec}: holds no utterances")
@@ -1056,7 +1058,7 @@ def read_jsonl(path):
             row = funasr_row(row, where, number)
         for field in ("key", "source", "target"):
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                raise ValueError(f"{where}: field {field!r} is missing or not a string; every line needs key, source, target")
+                raise ValueError(f"{where}: {field!r} is missing or not a string; a line needs key, source and target")
         rows.append(row | {"source": str(path.parent / row["source"]), "where": where})
     return rows
 
@@ -1066,7 +1068,7 @@ def funasr_row(row, where, number):
     turns = {turn.get("role"): turn.get("content", "") for turn in row["messages"]}
     audio = re.search(r"<\|startofspeech\|>!?(.*?)<\|endofspeech\|>", turns.get("user", ""))
     if not audio or "assistant" not in turns:
-        raise ValueError(f"{where}: `messages` needs a user turn with <|startofspeech|>!path<|endofspeech|> and an answer")
+        raise ValueError(f"{where}: `messages` needs a turn with <|startofspeech|>!path<|endofspeech|> and an answer")
     extra = {k: v for k, v in row.items() if k in ("key", "language", "hotwords")}
     return {"key": f"{Path(audio[1]).stem}-{number}", "source": audio[1], "target": turns["assistant"]} | extra
 

@@ -168,7 +168,7 @@ def write_atomic(path, write):
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise OSError(f"{path}: could not be written ({error.strerror}); what was there before is unchanged") from error
+            raise OSError(f"{path}: could not be written ({error.strerror}); what was there before is whole") from error
         raise
 
 

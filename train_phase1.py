@@ -15,8 +15,8 @@ Output  run.dir/adaptor_cached.pt  plain state dict of the adaptor at its best v
         run.dir/ctc_head.pt        plain state dict of the CTC head (if loss.ctc_weight > 0)
         run.dir/last.pt            everything that resuming needs; run.dir/metrics.jsonl and TensorBoard events
 Papers  InfoNCE arXiv:1807.03748, as in CLIP arXiv:2103.00020; CTC Graves et al. 2006.
-Logged  loss (weighted sum, nats), nce and ctc (nats per clip), r1_a2t / r1_t2a / r5_* (share of held-out clips whose own
-        transcript is the nearest / among the 5 nearest, over `pool` texts), ctc_er (error rate of the greedy CTC
+Logged  loss (weighted sum, nats), nce and ctc (nats per clip), r1_a2t / r1_t2a / r5_* (share of held-out clips whose
+        own transcript is the nearest / among the 5 nearest, over `pool` texts), ctc_er (error rate of the greedy CTC
         read-out), temperature, lr, grad_norm, audio_s_per_s.
 """
 
@@ -196,7 +196,7 @@ def write_atomic(path, write):
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise OSError(f"{path}: could not be written ({error.strerror}); what was there before is unchanged") from error
+            raise OSError(f"{path}: could not be written ({error.strerror}); what was there before is whole") from error
         raise
 
 
@@ -204,7 +204,7 @@ def autocast(device, dtype):
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype != torch.float32)
 
 
-# ---- data: the cache of precompute.py, and the order of batches (the same lines in both training scripts) ----------
+# ---- data: the cache of precompute.py, and the order of batches (the same lines in both phases) --------------------
 
 
 class EncoderCache:
@@ -295,7 +295,8 @@ def epoch_batches(lengths, size, budget, world, seed, epoch):
     pool = 32 * size * world
     batches = []
     for start in range(0, len(order), pool):
-        batches += cut_batches(sorted(order[start : start + pool], key=lengths.__getitem__), lengths, size, budget, world)
+        by_length = sorted(order[start : start + pool], key=lengths.__getitem__)
+        batches += cut_batches(by_length, lengths, size, budget, world)
     rng.shuffle(batches)
     if epoch == 0:
         worst = max(range(len(batches)), key=lambda b: len(batches[b]) * max(lengths[i] for i in batches[b]))
@@ -349,7 +350,7 @@ def open_run(cfg, rank):
     last = folder / "last.pt"
     if not cfg["run.resume"]:
         if (folder / "metrics.jsonl").exists() or last.exists():
-            raise ValueError(f"{folder}: already holds a run; give another run.dir, or run.resume=true to go on with it")
+            raise ValueError(f"{folder}: already holds a run; give another run.dir, or run.resume=true to go on")
         state = None
     elif last.exists():
         state = torch.load(last, map_location="cpu", weights_only=True)
@@ -512,7 +513,8 @@ def main(cfg):
     cache = EncoderCache(cfg["cache.dir"])
     table, tokenizer = model.load_embedding(cfg["llm.name"])
     table = table.to(device)
-    train = read_utterances(cfg["data.train"], cache, tokenizer, cfg["data.normalize"], cfg["data.speed"], cfg["data.repeat"])
+    train = read_utterances(cfg["data.train"], cache, tokenizer, cfg["data.normalize"], cfg["data.speed"],
+                            cfg["data.repeat"])
     valid = read_utterances(cfg["data.valid"], cache, tokenizer, cfg["data.normalize"])
     names = {target: n for n, target in enumerate(sorted({u["target"] for u in train}))}
     state = open_run(cfg, rank)
@@ -606,7 +608,8 @@ def log_window(window, cfg, phase, step, total, lr, grad_norm, metrics, writer, 
     nce, ctc = (float(window[name]) / window["clips"] for name in ("nce", "ctc"))
     values = {"loss": cfg["loss.contrastive_weight"] * nce + cfg["loss.ctc_weight"] * ctc, "nce": nce, "ctc": ctc,
               "temperature": phase.log_temperature.detach().exp(), "lr": lr, "grad_norm": grad_norm,
-              "audio_s_per_s": window["audio_s"] / (time.time() - window["started"]), "impossible": window["impossible"]}
+              "audio_s_per_s": window["audio_s"] / (time.time() - window["started"]),
+              "impossible": window["impossible"]}
     log_metrics(metrics, writer, step, values)
     bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{lr:.1e}")
     tqdm.write(f"{step:6d}/{total} loss {values['loss']:8.4f} nce {nce:7.4f} ctc {ctc:8.4f} lr {lr:.2e} "

@@ -18,8 +18,8 @@ Output  run.dir/adaptor_phase2_final.pt, ctc_head.pt, lora.pt (plain state dicts
         infer.py needs; run.dir/last.pt to resume; metrics.jsonl and TensorBoard events
 Papers  SLAM-ASR arXiv:2402.08846 (bridge, frozen LLM), LoRA arXiv:2106.09685, CTC-compressed speech arXiv:2102.01757.
 Logged  ce (nats per label token), ctc (nats per clip), acc (share of label tokens predicted right, teacher-forced),
-        valid_ce, valid_acc, er (WER, or CER for Chinese, of greedy decoding on run.valid_decode clips), ctc_er (the same
-        of the CTC read-out), lr, grad_norm, audio_s_per_s, tokens (LLM positions per step incl. padding).
+        valid_ce, valid_acc, er (WER, or CER for Chinese, of greedy decoding on run.valid_decode clips), ctc_er (the
+        same of the CTC read-out), lr, grad_norm, audio_s_per_s, tokens (LLM positions per step incl. padding).
 """
 
 import difflib
@@ -216,7 +216,7 @@ def write_atomic(path, write):
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise OSError(f"{path}: could not be written ({error.strerror}); what was there before is unchanged") from error
+            raise OSError(f"{path}: could not be written ({error.strerror}); what was there before is whole") from error
         raise
 
 
@@ -224,7 +224,7 @@ def autocast(device, dtype):
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype != torch.float32)
 
 
-# ---- data: the cache of precompute.py, and the order of batches (the same lines in both training scripts) ----------
+# ---- data: the cache of precompute.py, and the order of batches (the same lines in both phases) --------------------
 
 
 class EncoderCache:
@@ -315,7 +315,8 @@ def epoch_batches(lengths, size, budget, world, seed, epoch):
     pool = 32 * size * world
     batches = []
     for start in range(0, len(order), pool):
-        batches += cut_batches(sorted(order[start : start + pool], key=lengths.__getitem__), lengths, size, budget, world)
+        by_length = sorted(order[start : start + pool], key=lengths.__getitem__)
+        batches += cut_batches(by_length, lengths, size, budget, world)
     rng.shuffle(batches)
     if epoch == 0:
         worst = max(range(len(batches)), key=lambda b: len(batches[b]) * max(lengths[i] for i in batches[b]))
@@ -369,7 +370,7 @@ def open_run(cfg, rank):
     last = folder / "last.pt"
     if not cfg["run.resume"]:
         if (folder / "metrics.jsonl").exists() or last.exists():
-            raise ValueError(f"{folder}: already holds a run; give another run.dir, or run.resume=true to go on with it")
+            raise ValueError(f"{folder}: already holds a run; give another run.dir, or run.resume=true to go on")
         state = None
     elif last.exists():
         state = torch.load(last, map_location="cpu", weights_only=True)
@@ -408,12 +409,15 @@ def read_audio_utterances(cfg, specs, tokenizer, encoder, repeat=(1,)):
     specs, utterances, left_out = [spec.strip() for spec in specs.split(",") if spec.strip()], [], []
     for number, spec in enumerate(specs):
         for row in model.read_manifest(spec):
-            target = model.normalize_text(row["target"], row.get("language")) if cfg["data.normalize"] else row["target"]
+            target = row["target"].strip()
+            if cfg["data.normalize"]:
+                target = model.normalize_text(target, row.get("language"))
             ids = model.text_to_ids(tokenizer, target)
             try:
                 seconds = soundfile.info(row["source"]).duration
                 reason = "" if ids else "empty transcript"
-                reason = reason or ("" if 0.1 <= seconds <= cfg["data.max_s"] else f"{seconds:.2f} s, outside 0.1..max_s")
+                if not 0.1 <= seconds <= cfg["data.max_s"]:
+                    reason = f"{seconds:.2f} s is outside 0.1..data.max_s"
             except (RuntimeError, OSError) as error:
                 reason = f"{row['source']}: {error}"
             if reason:
@@ -693,7 +697,7 @@ def main(cfg):
             group["lr"] = lr
         micro = [next(batches) for _ in range(accum)]
         epoch, used = micro[-1][:2]
-        ids = [[u["ids"] if good else [] for u, good in zip(utterances, usable)] for _, _, utterances, _, _, usable in micro]
+        ids = [[u["ids"] if good else [] for u, good in zip(part[2], part[5])] for part in micro]
         counts = torch.tensor([sum(len(row) + 1 for part in ids for row in part if row),
                                sum(1 for part in ids for row in part if row)], dtype=torch.float64, device=device)
         if world > 1:

@@ -392,6 +392,66 @@ def test_gradients_of_soft_speech_are_those_of_its_formula():
     assert (scores.grad[1, 4:] == 0).all(), "padding got a gradient"
 
 
+@pytest.mark.parametrize("speech", ["frames", "ctc"])
+def test_speech_for_llm_is_adaptor_frames_or_soft_speech(speech):
+    head, adaptor, (enc, lens) = tied_head()[0], small_adaptor(output_dim=8, stack=2), batch()
+    emb, emb_lens = adaptor(enc, lens)
+    heard, heard_lens, log_probs, positions = model.speech_for_llm(adaptor, head, enc, lens, speech)
+    expected = (emb, emb_lens) if speech == "frames" else model.ctc_soft_speech(head(emb), emb_lens, head)
+    assert torch.equal(heard, expected[0]) and torch.equal(heard_lens, expected[1])
+    assert torch.equal(log_probs, head(emb)) and torch.equal(positions, emb_lens)
+
+
+def test_speech_for_llm_without_a_head_has_no_log_probabilities():
+    adaptor, (enc, lens) = small_adaptor(), batch()
+    heard, heard_lens, log_probs, _ = model.speech_for_llm(adaptor, None, enc, lens, "frames")
+    assert torch.equal(heard, adaptor(enc, lens)[0]) and heard_lens.tolist() == [9, 5] and log_probs is None
+
+
+def test_log_probabilities_stay_fp32_under_autocast():
+    head, adaptor, (enc, lens) = tied_head()[0], small_adaptor(output_dim=8), batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, _, log_probs, _ = model.speech_for_llm(adaptor, head, enc, lens, "ctc")
+    assert log_probs.dtype == torch.float32
+    torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(2, 9), atol=1e-5, rtol=0)
+
+
+# ---- loading weights --------------------------------------------------------------------------------------------
+
+
+class Opener:
+    """A pickle that would run code when it is loaded."""
+
+    def __reduce__(self):
+        return print, ("code from a checkpoint ran",)
+
+
+def test_weights_round_trip(tmp_path):
+    adaptor, other = small_adaptor(), model.AudioAdaptor(**SMALL)
+    torch.save(adaptor.state_dict(), tmp_path / "a.pt")
+    model.load_weights(other, tmp_path / "a.pt")
+    assert all(torch.equal(v, adaptor.state_dict()[k]) for k, v in other.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "write, message",
+    [
+        (lambda path: None, "no such file"),
+        (lambda path: path.write_bytes(b"torn"), "not a plain state dict"),
+        (lambda path: torch.save({"x": Opener()}, path), "not a plain state dict"),
+        (lambda path: torch.save(small_adaptor(hidden_dim=8).state_dict(), path), "does not fit .* AudioAdaptor"),
+        (lambda path: torch.save(small_adaptor(num_layers=1).state_dict(), path), "transformer.layers.1"),
+        (lambda path: torch.save({}, path), "input_proj.weight"),
+    ],
+    ids=["missing", "torn", "code", "another width", "missing layer", "empty"],
+)
+def test_weights_that_do_not_fit_are_refused_with_the_files_name(tmp_path, write, message, capsys):
+    write(tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=message) as error:
+        model.load_weights(small_adaptor(), tmp_path / "w.pt")
+    assert "w.pt" in str(error.value) and "code from" not in capsys.readouterr().out
+
+
 # ---- SpecAugLFR -------------------------------------------------------------------------------------------------
 
 DRAWS = 2000

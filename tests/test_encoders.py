@@ -1,7 +1,9 @@
 """The SANM encoder against funasr's and transformers' classes, and the wrappers around it and around Whisper."""
 
 import itertools
+import shutil
 
+import make_twins
 import pytest
 import sentencepiece
 import torch
@@ -248,12 +250,10 @@ def test_frozen_encoder_has_no_gradients_and_stays_in_eval(wrapper):
 
 
 def test_identity_names_weights_and_settings(sensevoice_folder, nano_folder, whisper_folder, tmp_path):
-    from make_twins import sensevoice_folder as make_sensevoice
-
     settings = [
         (sensevoice_folder, {}), (sensevoice_folder, {"language": "zh"}), (sensevoice_folder, {"text_norm": "withitn"}),
         (sensevoice_folder, {"keep_query_frames": True}), (nano_folder, {}), (whisper_folder, {}),
-        (whisper_folder, {"pad_to_30s": True}), (make_sensevoice(tmp_path, seed=1), {}),
+        (whisper_folder, {"pad_to_30s": True}), (make_twins.sensevoice_folder(tmp_path, seed=1), {}),
     ]  # fmt: skip
 
     def identity(folder, kwargs):
@@ -262,6 +262,15 @@ def test_identity_names_weights_and_settings(sensevoice_folder, nano_folder, whi
     found = [identity(*setting) for setting in settings]
     assert all(a != b for a, b in itertools.combinations(found, 2))
     assert identity(*settings[0]) == found[0]
+
+
+def test_identity_names_the_query_embeddings(sensevoice_folder, tmp_path):
+    folder = shutil.copytree(sensevoice_folder, tmp_path / "copy")
+    weights = torch.load(folder / "model.pt", weights_only=True)
+    weights["embed.weight"] += 1  # the encoder's output changes with them
+    torch.save(weights, folder / "model.pt")
+    plain, other = (model.load_encoder(f).identity | {"name": ""} for f in (sensevoice_folder, folder))
+    assert plain != other
 
 
 def test_unknown_models_are_refused_with_advice(tmp_path):
@@ -368,8 +377,6 @@ def test_only_sensevoice_has_a_ctc_text(nano_folder):
 
 
 def test_a_missing_encoder_tensor_stops_loading(sensevoice_folder, tmp_path):
-    import shutil
-
     folder = shutil.copytree(sensevoice_folder, tmp_path / "copy")
     weights = torch.load(folder / "model.pt", weights_only=True)
     del weights["encoder.tp_norm.weight"]

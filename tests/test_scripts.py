@@ -1,0 +1,439 @@
+"""The training scripts as a user meets them: errors, resume, several processes, bad audio."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import make_twins
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torch.nn.functional as F
+
+import model
+import precompute
+import train_phase1
+import train_phase2
+
+ROOT = Path(__file__).parents[1]
+SMALL_ADAPTOR = ["adaptor.hidden_dim=32", "adaptor.num_layers=1", "adaptor.num_heads=4", "adaptor.stack=2"]
+
+
+def call(script, *arguments):
+    script.main(script.load_config([str(a) for a in arguments], script.DEFAULTS))
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, whisper_folder, qwen3_folder):
+    """A manifest of 12 clips, its cache made with the tiny Whisper, and the arguments that every phase needs."""
+    folder = tmp_path_factory.mktemp("world")
+    manifest = make_twins.wav_files(folder / "wavs", n=12)
+    cache = [f"data.train={manifest}", f"cache.dir={folder / 'cache'}"]
+    call(precompute, *cache, f"encoder.name={whisper_folder}", "workers=0", "cache.shard_clips=5")
+    shared = [*cache, f"data.valid={manifest}", f"llm.name={qwen3_folder}", *SMALL_ADAPTOR, "optim.warmup_steps=2",
+              "optim.lr=1e-3", "run.log_every=2", "run.valid_every=4", "run.save_every=2", "augment.time_masks=1"]
+    return {"folder": folder, "manifest": manifest, "cache": folder / "cache", "phase1": [*shared, "batch_clips=4"],
+            "phase2": [*shared, "batch_clips=4", "run.valid_decode=4"], "encoder": f"encoder.name={whisper_folder}"}
+
+
+# ---- configuration ----------------------------------------------------------------------------------------------
+
+
+def load(tmp_path, text, *arguments, script=train_phase1):
+    path = tmp_path / "c.yaml"
+    path.write_text(text, encoding="utf-8")
+    return script.load_config([str(path), *arguments], script.DEFAULTS)
+
+
+NEEDED = "cache.dir: c\ndata: {train: t.jsonl, valid: v.jsonl}\nllm.name: l\nrun.dir: r\n"
+
+
+def test_yaml_sections_dotted_keys_and_arguments_share_one_spelling(tmp_path):
+    text = NEEDED + "optim: {lr: 3e-4, warmup_steps: 7}\n"
+    config = load(tmp_path, text, "optim.warmup_steps=9", "data.speed=0.9,1.0")
+    assert (config["optim.lr"], config["optim.warmup_steps"], config["data.speed"]) == (3e-4, 9, [0.9, 1.0])
+    assert config["data.train"] == "t.jsonl" and config["optim.clip"] == 1.0
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    (NEEDED + "optim: {learning_rate: 1}\n", r"c.yaml: unknown key 'optim.learning_rate'; did you mean '.*'"),
+    (NEEDED + "optim: {lrr: 1}\n", "did you mean 'optim.lr'"),
+    (NEEDED + "optim: {epochs: many}\n", r"c.yaml: optim.epochs: expected int, got 'many' \(str\)"),
+    (NEEDED + "optim: {epochs: 2.5}\n", "expected int|invalid"),
+    (NEEDED + "run.resume: 1\n", "run.resume: expected bool, got 1"),
+    (NEEDED + "batch_clips: true\n", "batch_clips: expected int, got True"),
+    (NEEDED + "seed: 1\nseed: 2\n", "c.yaml:.* key 'seed' is given twice"),
+    ("cache.dir: c\n", "required key not given: data.train, data.valid, llm.name, run.dir"),
+    ("- a\n", "expected `section:`"),
+])
+def test_a_wrong_configuration_is_refused_with_its_name(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, text)
+
+
+def test_an_absent_config_file_is_named():
+    with pytest.raises(ValueError, match="nowhere.yaml: no such config file"):
+        train_phase1.load_config(["nowhere.yaml"], train_phase1.DEFAULTS)
+
+
+def test_a_users_mistake_is_one_line_and_exit_status_2(tmp_path):
+    run = subprocess.run([sys.executable, ROOT / "precompute.py", "data.trian=x"], capture_output=True, text=True)
+    assert run.returncode == 2
+    said = "error: argument data.trian=x: unknown key 'data.trian'; did you mean 'data.train'? (--help lists all)"
+    assert run.stderr.strip() == said
+
+
+def test_cuda_without_a_gpu_says_so(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device=cuda, but torch sees no GPU here; use device=cpu"):
+        call(train_phase1, *world["phase1"], f"run.dir={tmp_path / 'r'}", "device=cuda")
+
+
+# ---- precompute -------------------------------------------------------------------------------------------------
+
+
+def bytes_of(folder):
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+def test_the_cache_holds_what_the_encoder_says(world):
+    cache = train_phase1.EncoderCache(world["cache"])
+    encoder = model.load_encoder(world["encoder"].split("=", 1)[1])
+    for row in model.read_manifest(world["manifest"]):
+        feats = encoder.features(model.load_audio(row["source"], 16000), row["key"])
+        alone, lens = encoder(feats[None], torch.tensor([len(feats)]))
+        assert cache[row["key"]].dtype == np.float16
+        torch.testing.assert_close(torch.tensor(cache[row["key"]]).float(), alone[0, : lens[0]], atol=2e-3, rtol=2e-3)
+
+
+def test_a_killed_precompute_completes_to_the_same_bytes(world, tmp_path, monkeypatch):
+    arguments = [f"data.train={world['manifest']}", f"cache.dir={tmp_path}", world["encoder"], "workers=0",
+                 "cache.shard_clips=5"]
+    real, count = precompute.write_atomic, []
+
+    def die_on_the_fourth_file(path, write):
+        count.append(path)
+        if len(count) == 4:
+            raise KeyboardInterrupt
+        real(path, write)
+
+    monkeypatch.setattr(precompute, "write_atomic", die_on_the_fourth_file)
+    with pytest.raises(KeyboardInterrupt):
+        call(precompute, *arguments)
+    monkeypatch.setattr(precompute, "write_atomic", real)
+    call(precompute, *arguments)
+    assert bytes_of(tmp_path) == bytes_of(world["cache"])
+
+
+def test_two_processes_write_the_same_cache_as_one(world, tmp_path):
+    torchrun(2, "precompute.py", f"data.train={world['manifest']}", f"cache.dir={tmp_path}", world["encoder"],
+             "workers=0", "cache.shard_clips=5", "device=cpu")
+    assert bytes_of(tmp_path) == bytes_of(world["cache"])
+
+
+def test_a_cache_of_another_encoder_is_refused(world, tmp_path):
+    other = make_twins.whisper_folder(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="made with another encoder.weights"):
+        call(precompute, f"data.train={world['manifest']}", f"cache.dir={world['cache']}", f"encoder.name={other}")
+
+
+def test_a_truncated_cache_file_is_named(world, tmp_path):
+    shutil.copytree(world["cache"], tmp_path / "cache")
+    shard = tmp_path / "cache" / "shard-00001.npy"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="shard-00001.npy: unreadable or truncated"):
+        train_phase1.EncoderCache(tmp_path / "cache")
+
+
+def test_a_manifest_that_was_not_cached_is_refused(world, tmp_path):
+    manifest = make_twins.wav_files(tmp_path / "w", n=20)
+    arguments = [a for a in world["phase1"] if not a.startswith("data.train")]
+    with pytest.raises(ValueError, match="utt0.* is not in the cache; run precompute.py"):
+        call(train_phase1, *arguments, f"data.train={manifest}", f"run.dir={tmp_path / 'r'}")
+
+
+def bad_manifest(folder):
+    """Good clips of every rate and channel count, then one clip for each way to be bad."""
+    folder.mkdir()
+    tone = make_twins.spoken(["one"])
+    for rate in (8000, 22050, 44100, 48000):
+        soundfile.write(folder / f"{rate}.wav", make_twins.spoken(["one", "two"], rate), rate)
+    soundfile.write(folder / "stereo.wav", np.stack([tone, tone], 1), 16000)
+    soundfile.write(folder / "short.wav", np.zeros(800, np.float32), 16000)
+    soundfile.write(folder / "long.wav", np.zeros(600 * 8000, np.float32), 8000)
+    soundfile.write(folder / "nothing.wav", np.zeros(0, np.float32), 16000)
+    soundfile.write(folder / "nan.wav", np.full(16000, np.nan, np.float32), 16000, subtype="FLOAT")
+    (folder / "empty.wav").write_bytes(b"")
+    (folder / "text.wav").write_text("not audio")
+    whole = (folder / "48000.wav").read_bytes()
+    (folder / "cut.wav").write_bytes(whole[: len(whole) // 2])
+    names = [*sorted(path.name for path in folder.iterdir()), "absent.wav"]
+    rows = [json.dumps({"key": Path(n).stem, "source": n, "target": "one two"}) for n in names]
+    (folder / "manifest.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    return folder / "manifest.jsonl"
+
+
+BAD = {"short", "long", "nothing", "nan", "empty", "text", "cut", "absent"}
+
+
+def test_bad_clips_are_named_and_never_end_the_run(world, tmp_path):
+    manifest = bad_manifest(tmp_path / "bad")
+    call(precompute, f"data.train={manifest}", f"cache.dir={tmp_path / 'c'}", world["encoder"], "workers=2")
+    rows = [json.loads(line) for line in (tmp_path / "c" / "bad.jsonl").read_text().splitlines()]
+    assert {row["key"] for row in rows} == BAD
+    assert all(row["reason"] and row["source"] for row in rows)
+    assert set(train_phase1.EncoderCache(tmp_path / "c").clips) == {"8000", "22050", "44100", "48000", "stereo"}
+
+
+def test_past_max_bad_the_run_stops_and_says_which(world, tmp_path):
+    manifest = bad_manifest(tmp_path / "bad")
+    with pytest.raises(ValueError, match="8 clips cannot be used, more than data.max_bad=3; the last is"):
+        call(precompute, f"data.train={manifest}", f"cache.dir={tmp_path}", world["encoder"], "data.max_bad=3")
+
+
+def test_phase_2_trains_from_audio_with_bad_clips_among_them(world, tmp_path):
+    manifest = bad_manifest(tmp_path / "bad")
+    arguments = [a for a in world["phase2"] if not a.startswith(("data.train", "cache.dir"))]
+    call(train_phase2, *arguments, f"data.train={manifest}", world["encoder"], "data.source=audio", "workers=0",
+         "augment.noise=1", "augment.telephone=1", "augment.specaug=true", "data.speed=0.9,1.1", "optim.max_steps=2",
+         f"run.dir={tmp_path / 'r'}")
+    named = {json.loads(line)["key"] for line in (tmp_path / "r" / "bad.jsonl").read_text().splitlines()}
+    assert named == BAD
+
+
+# ---- losses and schedules ---------------------------------------------------------------------------------------
+
+
+def test_info_nce_equals_the_plain_formula_and_spares_equal_transcripts():
+    audio = F.normalize(torch.randn(5, 8, dtype=torch.float64), dim=1)
+    text = F.normalize(torch.randn(5, 8, dtype=torch.float64), dim=1)
+    text[3] = text[1]  # clips 1 and 3 say the same
+    ids = torch.tensor([[0], [1], [2], [1], [4]])
+    expected = 0.0
+    for i in range(5):
+        rivals = [j for j in range(5) if j == i or ids[j] != ids[i]]
+        for own, others in ((audio[i], text), (text[i], audio)):
+            scores = {j: math.exp(float(own @ others[j]) / 0.1) for j in rivals}
+            expected -= math.log(scores[i] / sum(scores.values())) / 2
+    got = train_phase1.info_nce(audio, text, ids, torch.tensor(0.1, dtype=torch.float64))
+    assert float(got) == pytest.approx(expected, rel=1e-9)
+
+
+def test_recall_counts_any_clip_with_the_right_text():
+    similarity = torch.tensor([[0.1, 0.9, 0.0], [0.8, 0.1, 0.3], [0.5, 0.4, 0.3]])
+    assert float(train_phase1.recall_at(similarity, torch.tensor([0, 1, 2]), 1)) == 0.0
+    assert float(train_phase1.recall_at(similarity, torch.tensor([0, 0, 2]), 1)) == pytest.approx(2 / 3)
+    assert float(train_phase1.recall_at(similarity, torch.tensor([0, 1, 2]), 3)) == 1.0
+
+
+def test_the_learning_rate_warms_up_then_falls_to_zero():
+    cfg = {"optim.lr": 1.0, "optim.warmup_steps": 10, "optim.schedule": "cosine"}
+    rates = [train_phase1.learning_rate(step, 110, cfg) for step in range(110)]
+    assert rates[:10] == pytest.approx([0.1 * (s + 1) for s in range(10)])
+    assert rates[10] == pytest.approx(1.0) and rates[60] == pytest.approx(0.5) and rates[109] < 0.001
+    assert train_phase1.learning_rate(99, 110, cfg | {"optim.schedule": "constant"}) == 1.0
+
+
+def test_epoch_batches_hold_every_clip_once_within_the_budget_longest_first():
+    lengths = [int(n) for n in np.random.default_rng(0).integers(5, 200, 500)]
+    for epoch in (0, 1):
+        batches = train_phase1.epoch_batches(lengths, 16, 1000, 2, 7, epoch)
+        assert sorted(i for batch in batches for i in batch) == list(range(500))
+        assert batches == train_phase1.epoch_batches(lengths, 16, 1000, 2, 7, epoch)
+        sizes = [len(batch) * max(lengths[i] for i in batch) for batch in batches]
+        assert max(sizes) <= 2 * 1000 + 200 and max(map(len, batches)) <= 2 * 16 + 1 and min(map(len, batches)) >= 2
+    first = train_phase1.epoch_batches(lengths, 16, 1000, 2, 7, 0)
+    assert first != train_phase1.epoch_batches(lengths, 16, 1000, 2, 8, 0)
+    sizes = [len(batch) * max(lengths[i] for i in batch) for batch in first]
+    assert sizes[0] == max(sizes)
+
+
+# ---- training ---------------------------------------------------------------------------------------------------
+
+PHASE1 = ["loss.ctc_weight=1", "optim.max_steps=6"]
+PHASE2 = ["llm.lora.r=2", "loss.ctc_weight=0.3", "llm.draft=0.5", "optim.max_steps=6"]
+
+
+def weights_of(folder, name="last.pt"):
+    state = torch.load(Path(folder) / name, weights_only=True)
+    return state.get("phase") or state.get("trained") or state
+
+
+def assert_equal_weights(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize(("script", "extra"), [(train_phase1, PHASE1), (train_phase2, PHASE2)], ids=["one", "two"])
+def test_a_killed_run_resumes_to_the_same_bits(world, tmp_path, script, extra, monkeypatch):
+    arguments = [*world["phase1" if script is train_phase1 else "phase2"], *extra]
+    call(script, *arguments, f"run.dir={tmp_path / 'whole'}")
+    real, count = script.load_frames, []
+
+    def die_in_the_fifth_step(*rest, seed=None):
+        count.extend([seed] if seed is not None else [])
+        if len(count) == 5:
+            raise KeyboardInterrupt
+        return real(*rest, seed=seed)
+
+    monkeypatch.setattr(script, "load_frames", die_in_the_fifth_step)
+    with pytest.raises(KeyboardInterrupt):
+        call(script, *arguments, f"run.dir={tmp_path / 'killed'}", "run.resume=true")
+    monkeypatch.setattr(script, "load_frames", real)
+    call(script, *arguments, f"run.dir={tmp_path / 'killed'}", "run.resume=true")
+    assert_equal_weights(weights_of(tmp_path / "whole"), weights_of(tmp_path / "killed"))
+    logged = {name: [row["step"] for row in metrics(tmp_path / name)] for name in ("killed", "whole")}
+    assert logged["killed"] == logged["whole"]
+
+
+def test_kill_9_of_the_real_process_then_resume_equals_the_whole_run(world, tmp_path):
+    arguments = [*world["phase1"], "loss.ctc_weight=1", "optim.max_steps=40", "run.valid_every=40"]
+    call(train_phase1, *arguments, f"run.dir={tmp_path / 'whole'}")
+    command = [sys.executable, ROOT / "train_phase1.py", *arguments, f"run.dir={tmp_path / 'killed'}",
+               "run.resume=true"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (tmp_path / "killed" / "last.pt").exists() and time.time() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert torch.load(tmp_path / "killed" / "last.pt", weights_only=True)["step"] >= 2
+    call(train_phase1, *arguments, f"run.dir={tmp_path / 'killed'}", "run.resume=true")
+    assert_equal_weights(weights_of(tmp_path / "whole"), weights_of(tmp_path / "killed"))
+
+
+def torchrun(processes, script, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port",
+               str(20000 + os.getpid() % 20000), str(ROOT / script), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.mark.parametrize(("script", "extra"), [
+    (train_phase1, ["loss.ctc_weight=1", "optim.max_steps=4"]),
+    (train_phase2, ["llm.lora.r=2", "loss.ctc_weight=0.3", "optim.max_steps=4"]),
+], ids=["phase1", "phase2"])
+def test_two_processes_equal_one_with_the_doubled_batch(world, tmp_path, script, extra):
+    arguments = [*world["phase1" if script is train_phase1 else "phase2"], *extra, "adaptor.dropout=0", "device=cpu"]
+    call(script, *arguments, "batch_clips=6", "run.valid_every=100", f"run.dir={tmp_path / 'one'}")
+    torchrun(2, f"{script.__name__}.py", *arguments, "batch_clips=3", "run.valid_every=100",
+             f"run.dir={tmp_path / 'two'}")
+    one, two = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_phase_1_lowers_both_losses_and_writes_loadable_weights(world, tmp_path):
+    call(train_phase1, *world["phase1"], "loss.ctc_weight=1", "optim.max_steps=60", "run.log_every=10",
+         "adaptor.dropout=0", "run.valid_every=60", "augment.time_masks=0", "optim.lr=3e-3", f"run.dir={tmp_path}")
+    rows = metrics(tmp_path)
+    losses = [row for row in rows if "nce" in row]
+    assert losses[-1]["nce"] < 0.7 * losses[0]["nce"] and losses[-1]["ctc"] < 0.5 * losses[0]["ctc"]
+    adaptor = model.AudioAdaptor(32, 48, 32, 1, 4, stack=2)
+    model.load_weights(adaptor, tmp_path / "adaptor_cached.pt")
+
+
+def test_phase_2_overfits_a_few_clips_and_leaves_the_llm_alone(world, tmp_path, qwen3_folder):
+    before = model.load_llm(qwen3_folder)[0].state_dict()
+    call(train_phase2, *world["phase2"], "optim.max_steps=150", "optim.lr=1e-2", "optim.clip=1", "augment.time_masks=0",
+         "adaptor.dropout=0", "run.valid_every=150", "run.save_every=150", "run.valid_decode=12", "batch_clips=12",
+         "llm.lora.r=8", f"run.dir={tmp_path}")
+    scores = metrics(tmp_path)
+    final = next(row for row in reversed(scores) if "er" in row)
+    assert final["valid_acc"] > 0.9 and final["er"] < 0.3
+    assert all("adaptor." in name or "lora_" in name for name in weights_of(tmp_path))
+    after = model.load_llm(qwen3_folder)[0].state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert written["llm.prompt"] == train_phase2.DEFAULTS["llm.prompt"] and written["encoder.weights"]
+
+
+def test_a_used_output_folder_is_refused_unless_resuming(world, tmp_path):
+    arguments = [*world["phase1"], "optim.max_steps=2", f"run.dir={tmp_path}"]
+    call(train_phase1, *arguments)
+    with pytest.raises(ValueError, match="already holds a run; give another run.dir, or run.resume=true"):
+        call(train_phase1, *arguments)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    train_phase1.write_atomic(path, lambda file: torch.save({"step": 1}, file))
+
+    def no_space(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match="last.pt: could not be written .No space left on device.; what was there before"):
+        train_phase1.write_atomic(path, lambda file: torch.save({"step": 2}, file))
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def damaged(kind, path):
+    good = model.AudioAdaptor(32, 48, 32, 1, 4, stack=2).state_dict()
+    if kind == "shape":
+        good["norm.weight"] = torch.zeros(7)
+    elif kind == "missing":
+        del good["norm.bias"]
+    elif kind == "code":
+        good = Malicious()
+    torch.save(good, path)
+    if kind == "torn":
+        path.write_bytes(path.read_bytes()[:500])
+
+
+@pytest.mark.parametrize(("kind", "message"), [
+    ("shape", "adaptor_cached.pt: does not fit the configured AudioAdaptor.*norm.weight"),
+    ("missing", "does not fit the configured AudioAdaptor.*Missing key.*norm.bias"),
+    ("code", "adaptor_cached.pt: not a plain state dict"),
+    ("torn", "adaptor_cached.pt: not a plain state dict"),
+])
+def test_a_damaged_adaptor_is_refused_by_name(world, tmp_path, monkeypatch, kind, message):
+    monkeypatch.chdir(tmp_path)
+    damaged(kind, tmp_path / "adaptor_cached.pt")
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        call(train_phase2, *world["phase2"], f"init.dir={tmp_path}", "optim.max_steps=1", f"run.dir={tmp_path / 'r'}")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_soft_speech_without_a_trained_ctc_head_is_refused(world, tmp_path):
+    with pytest.raises(ValueError, match="need a trained CTC head"):
+        call(train_phase2, *world["phase2"], "llm.speech=ctc", f"run.dir={tmp_path}")
+
+
+def test_a_run_in_which_nothing_trains_is_refused(world, tmp_path):
+    with pytest.raises(ValueError, match="nothing trains"):
+        call(train_phase2, *world["phase2"], "adaptor.train=false", f"run.dir={tmp_path}")
+
+
+def test_empty_and_impossible_transcripts_are_counted_not_fatal(world, tmp_path, capsys):
+    rows = [json.loads(line) for line in world["manifest"].read_text(encoding="utf-8").splitlines()]
+    rows = [row | {"source": str(world["manifest"].parent / row["source"])} for row in rows]
+    rows[0]["target"], rows[1]["target"] = "", "one two three four " * 40
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    arguments = [a for a in world["phase1"] if not a.startswith("data.train")]
+    call(train_phase1, *arguments, f"data.train={manifest}", "loss.ctc_weight=1", "optim.max_steps=6",
+         f"run.dir={tmp_path / 'r'}")
+    assert "1 clips left out, first utt000: empty transcript" in capsys.readouterr().out
+    rows = metrics(tmp_path / "r")
+    assert sum(row.get("impossible", 0) for row in rows) >= 1
+    assert all(math.isfinite(row["loss"]) for row in rows if "loss" in row)
