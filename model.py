@@ -63,6 +63,8 @@ def resample(wave, rate, new_rate):
     """
     if rate == new_rate:
         return wave
+    if max(rate, new_rate) // math.gcd(rate, new_rate) > 2000:  # the filter bank would take gigabytes
+        raise AudioError(f"cannot resample from {rate} Hz to {new_rate} Hz; convert the file to a usual rate first")
     return torchaudio.functional.resample(
         wave, rate, new_rate, lowpass_filter_width=64, rolloff=0.9475937167399596,
         resampling_method="sinc_interp_kaiser", beta=14.769656459379492,
@@ -84,16 +86,21 @@ def load_audio(path, sample_rate):
     try:
         info = soundfile.info(str(path), verbose=True)
         samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, RuntimeError) as error:
+    except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:  # TypeError: headerless .raw
         raise AudioError(f"{path}: not readable as audio ({error})") from error
-    if "should be" in info.extra_info or len(samples) < info.frames:  # libsndfile's own note on a short data chunk
+    # libsndfile's note on a data chunk shorter than promised; a writer into a pipe promises 2 or 4 GB
+    notes = re.findall(r"(?:data|SSND|Data Size|riff|Riff size)\s*: (\d+) \(should be (\d+)\)", info.extra_info)
+    if len(samples) < info.frames or any(int(found) < int(promised) < 0x7FFFF000 for promised, found in notes):
         raise AudioError(f"{path}: truncated, {len(samples)} samples are left of what its header promises")
     if len(samples) == 0:
         raise AudioError(f"{path}: holds no samples")
     if not np.isfinite(samples).all():
         raise AudioError(f"{path}: holds NaN or infinite samples")
     wave = torch.from_numpy(samples).mean(dim=1)  # (N, channels) -> (N,)
-    return resample(wave, rate, sample_rate)
+    try:
+        return resample(wave, rate, sample_rate)
+    except AudioError as error:
+        raise AudioError(f"{path}: {error}") from error
 
 
 def change_speed(wave, factor, sample_rate):
@@ -347,12 +354,14 @@ class KaldiEncoder(SpeechEncoder):
             for value, table in ((language, self.LANGUAGES), (text_norm, self.TEXT_NORMS)):
                 if value not in table:
                     raise ValueError(f"SenseVoiceSmall knows no {value!r}; it takes one of {', '.join(table)}")
-            self_identity |= {"language": language, "text_norm": text_norm, "cmvn": hash_tensors({"cmvn": cmvn})}
+            rows = torch.tensor([self.LANGUAGES[language], 1, 2, self.TEXT_NORMS[text_norm]])
+            queries = weights["embed.weight"][rows].float()  # (4, 560)
+            self_identity |= {"language": language, "text_norm": text_norm, "cmvn": hash_tensors({"cmvn": cmvn}),
+                              "queries": hash_tensors({"queries": queries})}
         super().__init__(net, net.output_size, 60.0, self_identity)
         self.cmvn, self.keep_query_frames, self.ctc_tokenizer = cmvn, keep_query_frames, None
         if not nano:
-            rows = torch.tensor([self.LANGUAGES[language], 1, 2, self.TEXT_NORMS[text_norm]])
-            self.register_buffer("queries", weights["embed.weight"][rows].float())  # (4, 560)
+            self.register_buffer("queries", queries)
             self.ctc_lo = nn.Linear(net.output_size, len(weights["ctc.ctc_lo.bias"]))
             self.ctc_lo.load_state_dict({name: weights[f"ctc.ctc_lo.{name}"].float() for name in ("weight", "bias")})
             import sentencepiece
@@ -398,7 +407,7 @@ class WhisperEncoder(SpeechEncoder):
 
         net = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).model.encoder
         extractor = WhisperFeatureExtractor.from_pretrained(folder)
-        identity = {"front_end": f"whisper-mel{extractor.feature_size}", "pad_to_30s": pad_to_30s}
+        identity = {"front_end": f"whisper-mel{extractor.feature_size}-tail{self.TAIL_S}", "pad_to_30s": pad_to_30s}
         super().__init__(net, net.config.d_model, 20.0, identity)
         self.pad_to_30s, self.hop, self.max_frames = pad_to_30s, extractor.hop_length, net.config.max_source_positions
         self.mel_bins, self.n_fft = extractor.feature_size, extractor.n_fft
@@ -407,7 +416,7 @@ class WhisperEncoder(SpeechEncoder):
 
     def num_frames(self, num_samples):
         padded = num_samples + round(self.TAIL_S * self.sample_rate)
-        return self.max_frames if self.pad_to_30s else (padded // self.hop + 1) // 2
+        return self.max_frames if self.pad_to_30s else min(self.max_frames, (padded // self.hop + 1) // 2)
 
     def features(self, wave, key=""):
         """Whisper's log-mel: (mel frames, M). Equal to transformers' extractor on the same samples (tested)."""
@@ -569,10 +578,10 @@ class CTCHead(nn.Module):
         return [int(self.token_ids[c]) for c in classes]
 
     def loss(self, log_probs, lens, targets):
-        """Sum over the batch of -log p(target), and how many rows have more labels than frames allow.
+        """Sum over the batch of -log p(target), and how many rows were left out.
 
-        targets: list of class lists. An impossible row has infinite loss; it is left out (and counted), because
-        `zero_infinity` would otherwise hide it.
+        targets: list of class lists. A row with more labels than frames allow has infinite loss; it is left out and
+        counted (so is an empty one), because `zero_infinity` would otherwise hide it.
         """
         possible = [i for i, (t, n) in enumerate(zip(targets, lens.tolist())) if ctc_min_frames(t) <= n and t]
         if not possible:
@@ -582,6 +591,16 @@ class CTCHead(nn.Module):
         total = F.ctc_loss(log_probs[possible].transpose(0, 1), flat, lens[possible], target_lens, self.blank,
                            reduction="sum")
         return total, len(targets) - len(possible)
+
+
+def ctc_log_prob(log_probs, labels, blank):
+    """log p(labels) of one clip by CTC, all paths; -inf if they do not fit. log_probs (S, C)."""
+    if ctc_min_frames(labels) > len(log_probs):
+        return -math.inf
+    if not labels:
+        return float(log_probs[:, blank].sum())
+    size = (torch.tensor([len(log_probs)]), torch.tensor([len(labels)]))
+    return -float(F.ctc_loss(log_probs[:, None].cpu(), torch.tensor([labels]), *size, blank, reduction="sum"))
 
 
 def ctc_min_frames(labels):
@@ -596,6 +615,36 @@ def ctc_greedy(scores, lens, blank):
         row = row[:length]
         paths.append([c for i, c in enumerate(row) if c != blank and (i == 0 or c != row[i - 1])])
     return paths
+
+
+def ctc_beam_search(log_probs, blank, beam=8):
+    """Prefix beam search: the most probable label sequences, summed over their paths.
+
+    Input   log_probs (S, C), one clip.  Output  list of (labels, log-probability within the beam), best first.
+    Source  Hannun et al. 2014 (arXiv:1408.2873), without a language model; `beam` labels are tried a position.
+    """
+    beams = {(): (0.0, -math.inf)}  # prefix -> log-probability of ending in a blank, of ending in its last label
+    best = log_probs.topk(min(beam, log_probs.shape[1]), dim=1)
+    for values, labels, silent in zip(best.values.tolist(), best.indices.tolist(), log_probs[:, blank].tolist()):
+        grown = {}
+
+        def add(prefix, place, value, grown=grown):
+            ends = grown.setdefault(prefix, [-math.inf, -math.inf])
+            ends[place] = float(np.logaddexp(ends[place], value))
+
+        for prefix, (in_blank, in_label) in beams.items():
+            total = float(np.logaddexp(in_blank, in_label))
+            add(prefix, 0, total + silent)
+            for value, label in zip(values, labels):
+                if label == blank:
+                    continue
+                if prefix and prefix[-1] == label:  # without a blank between, it is the same label held on
+                    add(prefix, 1, in_label + value)
+                    add((*prefix, label), 1, in_blank + value)
+                else:
+                    add((*prefix, label), 1, total + value)
+        beams = dict(sorted(grown.items(), key=lambda item: -np.logaddexp(*item[1]))[:beam])
+    return [(list(prefix), float(np.logaddexp(*ends))) for prefix, ends in beams.items()]
 
 
 def ctc_align(log_probs, labels, blank):
@@ -660,6 +709,8 @@ def speech_for_llm(adaptor, ctc, enc, enc_lens, speech):
     speech  "frames": the adaptor's output; "ctc": CTC-compressed soft speech made from it.
     Output  speech (B, K, D), its lens, CTC log-probabilities (B, S, C + 1) or None without a head, lens of S.
     """
+    if speech not in ("frames", "ctc") or speech == "ctc" and (ctc is None or ctc.proj is not None):
+        raise ValueError(f"llm.speech is frames or ctc, and ctc needs a tied CTC head; got {speech!r}")
     emb, emb_lens = adaptor(enc, enc_lens)
     if ctc is None:
         return emb, emb_lens, None, emb_lens
@@ -755,7 +806,8 @@ class SpecAugLFR(nn.Module):
         room = (sizes - widths.max(dim=1).values).clamp(min=1)[:, None]  # one bound a row, as FunASR has one a batch
         first = (torch.rand(widths.shape, generator=generator) * room).long()[..., None]
         steps = torch.arange(max_size)
-        return ((steps >= first) & (steps < first + widths[..., None])).any(dim=1)
+        inside = (steps >= first) & (steps < first + widths[..., None]) & (steps < sizes[:, None, None])
+        return inside.any(dim=1)
 
     def time_warp(self, feats, lens, generator):
         rows, window = [], self.warp_window
@@ -783,16 +835,17 @@ def load_llm(name, dtype=torch.float32, device="cpu", lora_r=0, lora_alpha=None,
 
     folder = find_model(name)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    llm = freeze(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa"))
+    llm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     llm.identity = {"name": str(name), "weights": hash_tensors({"embed": llm.get_input_embeddings().weight})}
     if lora_r:
         from peft import LoraConfig, inject_adapter_in_model
 
         config = LoraConfig(r=lora_r, lora_alpha=lora_alpha or 2 * lora_r, target_modules=list(lora_targets))
         llm = inject_adapter_in_model(config, llm)
-        for parameter in lora_parameters(llm).values():
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
+    freeze(llm)  # after the injection, so that peft's new modules stay in eval too
+    for parameter in lora_parameters(llm).values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
     return llm.to(device), tokenizer
 
 
@@ -841,6 +894,7 @@ def build_prompt(tokenizer, prompt, draft=None, language=None, hotwords=(), syst
         prompt = prompt.replace("{language}", language or "")
     if hotwords:
         prompt = ("热词列表：[{}]\n" if is_cjk(prompt[:1]) else "Hotwords: [{}]\n").format(", ".join(hotwords)) + prompt
+    prompt, draft = prompt.replace(AUDIO_MARK, ""), draft and draft.replace(AUDIO_MARK, "")
     user = prompt + AUDIO_MARK + ("" if draft is None else f"\n{draft}")
     messages = [{"role": "system", "content": system}] if system is not None else []
     text = tokenizer.apply_chat_template(
@@ -873,6 +927,11 @@ def splice(embed, prompts, emb, emb_lens, targets=None, pad_left=False):
     """
     device = emb.device
     targets = [[] for _ in prompts] if targets is None else targets
+    if not len(prompts) == len(targets) == len(emb) == len(emb_lens) or int(emb_lens.max()) > emb.shape[1]:
+        raise ValueError(
+            f"splice: {len(prompts)} prompts, {len(targets)} targets, audio {tuple(emb.shape)}, "
+            f"longest length {int(emb_lens.max())}"
+        )
     ids = [[*before, *after, *target] for (before, after), target in zip(prompts, targets)]
     text = embed(torch.tensor([i for row in ids for i in row], device=device)).split([len(row) for row in ids])
     rows, labels = [], []
@@ -928,8 +987,8 @@ def greedy_decode(llm, spliced, stop_id, max_new_tokens, repetition_penalty=1.0,
     while alive:
         hidden = llm.model(**step_input, attention_mask=mask, position_ids=position, past_key_values=cache,
                            use_cache=True).last_hidden_state
-        log_probs = llm.lm_head(hidden[:, -1]).float().log_softmax(-1)  # (alive, V)
-        ranked = log_probs
+        ranked = llm.lm_head(hidden[:, -1]).float()  # (alive, V); the processors are defined on logits
+        log_probs = ranked.log_softmax(-1)
         for processor in processors:
             ranked = processor(torch.tensor([answers[i] for i in alive], dtype=torch.long, device=device), ranked)
         chosen = ranked.argmax(-1)
@@ -952,14 +1011,35 @@ def greedy_decode(llm, spliced, stop_id, max_new_tokens, repetition_penalty=1.0,
     return answers, scores
 
 
+@torch.no_grad()
+def answer_log_probs(llm, prompt, speech, answers, stop_id):
+    """log p(answer, end of turn | prompt, speech) of several answers to one clip, in one forward pass.
+
+    Input   prompt (before, after) id lists, speech (K, D), answers: list of id lists.  Output  (N,) fp32.
+    """
+    many = [prompt] * len(answers)
+    lens = torch.full((len(answers),), len(speech), device=speech.device)
+    targets = [[*answer, stop_id] for answer in answers]
+    spliced = splice(llm.get_input_embeddings(), many, speech.expand(len(answers), -1, -1), lens, targets)
+    labels = spliced.pop("labels")[:, 1:]
+    hidden = llm.model(**spliced, use_cache=False).last_hidden_state[:, :-1]  # (N, L - 1, D)
+    chosen = labels != IGNORE
+    scores = llm.lm_head(hidden[chosen]).float().log_softmax(-1).gather(1, labels[chosen][:, None])[:, 0]
+    return torch.zeros(len(answers), device=scores.device).index_add(0, chosen.nonzero()[:, 0], scores)
+
+
 def token_cap(seconds):
     """Most new tokens for a clip: fast speech has about 8 Chinese characters or 5 English words a second."""
     return 8 + math.ceil(12 * seconds)
 
 
-def cut_loop(ids, longest=8, times=4):
-    """Cut a runaway loop in place: the last n <= 8 ids repeated 4 times become one copy. True if it did."""
+def cut_loop(ids, longest=8):
+    """Cut a runaway loop in place: the last n <= 8 ids, repeated 4 times or more, become one copy. True if it did.
+
+    A loop is 16 tokens long at least: "zero zero zero zero" is a phone number.
+    """
     for n in range(1, longest + 1):
+        times = max(4, -(-16 // n))
         if len(ids) >= n * times and all(ids[-n:] == ids[-n * (k + 1) : -n * k] for k in range(1, times)):
             del ids[len(ids) - n * (times - 1) :]
             return True
@@ -974,10 +1054,10 @@ def is_cjk(text):
     return bool(text) and bool(re.match(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]", text))
 
 
-def normalize_text(text, language=None):
+def normalize_text(text):
     """The one normaliser of training targets and scoring: NFKC, lower case, no punctuation, single spaces.
 
-    Apostrophes inside words stay ("don't"). In Chinese (language "zh", or CJK text) spaces go as well.
+    Apostrophes inside words stay ("don't"). Spaces beside Chinese characters go: "打开 wifi 吧" is "打开wifi吧".
     Numbers are left as written: "5" and "five" count as different, so spell your references one way.
     """
     text = unicodedata.normalize("NFKC", text).lower().replace("’", "'")
@@ -1003,7 +1083,7 @@ def error_rate(references, hypotheses, language=None, normalize=True):
     total = {"substitutions": 0, "deletions": 0, "insertions": 0, "units": 0}
     for reference, hypothesis in zip(references, hypotheses):
         if normalize:
-            reference, hypothesis = normalize_text(reference, language), normalize_text(hypothesis, language)
+            reference, hypothesis = normalize_text(reference), normalize_text(hypothesis)
         cjk = language or ("zh" if any(is_cjk(c) for c in reference) else "en")  # the reference decides for both
         reference, hypothesis = score_units(reference, cjk), score_units(hypothesis, cjk)
         total["units"] += len(reference)
@@ -1044,9 +1124,17 @@ def read_manifest(spec):
     return rows
 
 
+def read_lines(path):
+    """Lines of a UTF-8 file, ended by "\\n" only: str.splitlines also cuts at U+2028 or U+0085 inside a transcript."""
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error}); convert it first") from error
+
+
 def read_jsonl(path):
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
         where = f"{path.name}:{number}"
@@ -1079,8 +1167,8 @@ def read_kaldi(folder):
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{folder}: a Kaldi folder needs wav.scp and text; {name} is not there")
-        lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
-        tables[name] = [(n, *line.split(maxsplit=1)) for n, line in lines if line.strip()]
+        lines = enumerate(read_lines(path), start=1)
+        tables[name] = [(n, *line.strip().split(maxsplit=1)) for n, line in lines if line.strip()]
     texts = {row[1]: row[2] if len(row) > 2 else "" for row in tables["text"]}
     rows = []
     for number, key, *source in tables["wav.scp"]:
@@ -1098,7 +1186,7 @@ def read_aishell(folder, part):
     path = folder / "transcript" / "aishell_transcript_v0.8.txt"
     if not path.is_file():
         raise ValueError(f"{folder}: not an AISHELL-1 folder, {path} is not there")
-    lines = (line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    lines = (line.split(maxsplit=1) for line in read_lines(path) if line.strip())
     texts = {key: "".join(text[0].split()) if text else "" for key, *text in lines}
     waves = sorted((folder / "wav" / part).glob("*/*.wav"))
     without = [wave.stem for wave in waves if not texts.get(wave.stem)]

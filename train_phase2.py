@@ -268,7 +268,7 @@ def read_utterances(specs, cache, tokenizer, normalize, speeds=(1.0,), repeat=(1
     utterances, left_out = [], []
     for number, spec in enumerate(specs):
         for row in model.read_manifest(spec):
-            target = model.normalize_text(row["target"], row.get("language")) if normalize else row["target"].strip()
+            target = model.normalize_text(row["target"]) if normalize else row["target"].strip()
             ids = model.text_to_ids(tokenizer, target)
             for speed in speeds:
                 key = row["key"] if speed == 1.0 else f"{row['key']}@{speed}"
@@ -411,7 +411,7 @@ def read_audio_utterances(cfg, specs, tokenizer, encoder, repeat=(1,)):
         for row in model.read_manifest(spec):
             target = row["target"].strip()
             if cfg["data.normalize"]:
-                target = model.normalize_text(target, row.get("language"))
+                target = model.normalize_text(target)
             ids = model.text_to_ids(tokenizer, target)
             try:
                 seconds = soundfile.info(row["source"]).duration

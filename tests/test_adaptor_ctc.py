@@ -245,6 +245,27 @@ def test_loss_equals_the_sum_over_all_paths():
         assert impossible == 0 and loss.item() == pytest.approx(-math.log(probability), rel=1e-4), target
 
 
+def test_beam_search_finds_the_most_probable_sequence_and_its_sum_over_paths():
+    for seed in range(5):
+        torch.manual_seed(seed)
+        log_probs = random_log_probs(1, 5, 3)[0]
+        sums = {}
+        for path in itertools.product(range(3), repeat=5):
+            labels = tuple(collapse(path, blank=2))
+            probability = math.exp(sum(float(log_probs[s, c]) for s, c in enumerate(path)))
+            sums[labels] = sums.get(labels, 0.0) + probability
+        found = model.ctc_beam_search(log_probs, blank=2, beam=200)  # wide enough to be exact
+        assert {tuple(labels): pytest.approx(math.exp(score), rel=1e-4) for labels, score in found} == sums
+        assert tuple(found[0][0]) == max(sums, key=sums.get)
+
+
+def test_log_prob_of_a_sequence_is_what_the_exact_beam_says():
+    log_probs = random_log_probs(1, 5, 3)[0]
+    for labels, score in model.ctc_beam_search(log_probs, blank=2, beam=200):
+        assert model.ctc_log_prob(log_probs, labels, 2) == pytest.approx(score, rel=1e-4)
+    assert model.ctc_log_prob(log_probs, [0] * 6, 2) == -math.inf
+
+
 def test_loss_equals_torchs_in_float64_on_a_padded_batch():
     head, lens = model.CTCHead(4, vocab_size=6), torch.tensor([20, 9, 14])
     log_probs, targets = random_log_probs(3, 20, 7), [[1, 2, 2, 3], [0], [5, 5, 5]]
@@ -382,14 +403,14 @@ def test_a_clip_in_which_ctc_hears_nothing_gives_its_mean_posterior():
 def test_gradients_of_soft_speech_are_those_of_its_formula():
     head, _ = tied_head()
     head.table = head.table.double()
-    scores = (3 * torch.randn(2, 6, 7)).double().requires_grad_(True)
+    scores = (3 * torch.randn(2, 5, 7)).double().requires_grad_(True)
 
     def soft(x):
-        return model.ctc_soft_speech(x.log_softmax(-1), torch.tensor([6, 4]), head)[0]
+        return model.ctc_soft_speech(x.log_softmax(-1), torch.tensor([5, 3]), head)[0]
 
     assert torch.autograd.gradcheck(soft, scores)
     soft(scores).sum().backward()
-    assert (scores.grad[1, 4:] == 0).all(), "padding got a gradient"
+    assert (scores.grad[1, 3:] == 0).all(), "padding got a gradient"
 
 
 @pytest.mark.parametrize("speech", ["frames", "ctc"])
@@ -483,6 +504,12 @@ def test_masks_have_funasrs_distribution(only):
     assert share.mean().item() == pytest.approx(their_share.mean().item(), abs=0.01)
     assert share.std().item() == pytest.approx(their_share.std().item(), abs=0.01)
     torch.testing.assert_close(ours.mean(0), theirs.mean(0), atol=0.05, rtol=0)  # how often each bin is hidden
+
+
+def test_a_single_number_is_a_range_from_zero_upper_bound_excluded():
+    assert not masks(specaug(apply_time_mask=False, freq_mask_width_range=1).train(), draws=50).any()
+    hidden = masks(specaug(apply_time_mask=False, freq_mask_width_range=2, num_freq_mask=1).train(), draws=100)
+    assert {int(row[0, :80].sum()) for row in hidden} == {0, 1}
 
 
 def test_the_same_bins_are_hidden_in_all_seven_stacked_frames():

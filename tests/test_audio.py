@@ -348,19 +348,18 @@ def test_a_byte_order_mark_is_not_part_of_the_first_line(tmp_path):
     "lines, message",
     [
         ([entry(), '{"key": "b", "source"'], "m.jsonl:2: broken JSON"),
-        ([entry(), "", json.dumps({"key": "b", "source": "b.wav"})], "m.jsonl:3: field 'target'"),
-        ([json.dumps({"key": "b", "target": "x"})], "m.jsonl:1: field 'source'"),
-        ([json.dumps({"source": "b.wav", "target": "x"})], "m.jsonl:1: field 'key'"),
-        ([entry(target=5)], "m.jsonl:1: field 'target'"),
+        ([entry(), "", json.dumps({"key": "b", "source": "b.wav"})], "m.jsonl:3: .*'target'"),
+        ([json.dumps({"key": "b", "target": "x"})], "m.jsonl:1: .*'source'"),
+        ([json.dumps({"source": "b.wav", "target": "x"})], "m.jsonl:1: .*'key'"),
+        ([entry(target=5)], "m.jsonl:1: .*'target'"),
         (["[1, 2]"], "m.jsonl:1"),
-        ([entry("a"), entry("b"), entry("a")], "m.jsonl:3: key 'a' already stands at m.jsonl:1"),
+        ([entry("a"), entry("b"), entry("a")], "m.jsonl:3: key 'a' .*m.jsonl:1"),
         (["", ""], "holds no utterances"),
     ],
 )
 def test_a_broken_manifest_names_file_and_line(tmp_path, lines, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=message):
         model.read_manifest(write_lines(tmp_path, *lines))
-    assert message in str(error.value)
 
 
 def test_bytes_that_are_not_utf8_name_the_file(tmp_path):

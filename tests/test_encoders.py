@@ -229,7 +229,7 @@ def test_padded_batch_equals_single(wrapper):
 
 
 def test_num_frames_is_the_real_length(wrapper):
-    for samples in [400, 401, 559, 560, 1360, 1361, 1519, 1520, 9999, *range(16000, 16400, 37), 480000 // 7]:
+    for samples in [400, 401, 559, 560, 1359, 1360, 1519, 1520, *range(5000, 5400, 37), 16000]:
         enc, lens = run(wrapper, torch.zeros(samples))
         assert wrapper.num_frames(samples) == lens[0] == enc.shape[1], samples
 
