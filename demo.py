@@ -199,8 +199,10 @@ def main(cfg):
                 ["configs/demo_phase2.yaml", f"init.dir={Path(cfg['run']) / 'phase1'}", *quick.get("phase2", [])])
     test, other = model.read_manifest("demo/data/test.jsonl"), "demo/data/other.jsonl"
     summary, rows = run_infer(cfg, "test", "demo/data/test.jsonl")
-    no_draft, _ = run_infer(cfg, "test_no_draft", "demo/data/test.jsonl", "draft=false")
-    wrong, _ = run_infer(cfg, "test_wrong_audio", "demo/data/test.jsonl", "draft=false", "control.wrong_audio=true")
+    no_draft, _ = run_infer(cfg, "test_no_draft", "demo/data/test.jsonl", "draft=false",
+                            "decode.ctc_weight=0")
+    wrong, _ = run_infer(cfg, "test_wrong_audio", "demo/data/test.jsonl", "draft=false", "decode.ctc_weight=0",
+                         "control.wrong_audio=true")
     train_part = Path(cfg["run"]) / "train_part.jsonl"
     write_train_part(train_part)
     train, _ = run_infer(cfg, "train", str(train_part))
@@ -265,7 +267,7 @@ def ablation(cfg):
         train_stage(variant, "phase2", "train_phase2.py", [
             "configs/demo_phase2.yaml", "llm.speech=frames", "llm.draft=0", "adaptor.train=true", "init.dir=", *start,
             "loss.ctc_weight=0", "optim.lr=1e-3", "optim.max_steps=40", "run.valid_every=40"])
-        table[name] = run_infer(variant, "test", "demo/data/test.jsonl", "ctc=false")[0]["error_rate"]
+        table[name] = run_infer(variant, "test", "demo/data/test.jsonl", "decode.ctc_weight=0")[0]["error_rate"]
     (base / "ablation.json").write_text(json.dumps(table, indent=1))
     for name, rate in table.items():
         print(f"  phase 1: {name:15} phase 2 WER {100 * rate:6.1f} %")

@@ -93,6 +93,7 @@ PUBLISHED_PROMPT = "这是一段中文语音，请转录："  # of the original 
 AUDIO = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".sph", ".w64", ".gsm"}  # libsndfile
 ENDINGS = (".txt", ".jsonl", ".srt", ".html", ".json")
 CUE_S, CUE_CHARS, LINE_CHARS = 7.0, 84, 42  # subtitles: two lines of 42 characters, at most 7 s (usual guidelines)
+UNKNOWN_LOG_PROB = -10.0  # a guess: about what CTC gives to a token of which it hears nothing
 HOLD_S = 0.5  # a cue stays this much longer: CTC marks where a word is recognised, often before it is over
 EDITS = ("substitutions", "deletions", "insertions")
 KINDS = {"text": "", "ctc_text": "ctc_", "encoder_ctc_text": "encoder_ctc_"}  # transcript -> prefix of its scores
@@ -118,7 +119,8 @@ def load_config(arguments, defaults):
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if equals:
-            given.append((f"argument {argument}", key.strip(), yaml.safe_load(value) if value else ""))
+            text = isinstance(defaults.get(key.strip()), str) or not value  # text stays as typed: YAML minds colons
+            given.append((f"argument {argument}", key.strip(), value if text else yaml.safe_load(value)))
             continue
         if not Path(argument).is_file():
             raise ValueError(f"{argument}: no such config file")
@@ -156,7 +158,7 @@ def convert(value, default, where):
     if value is None or isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return "" if value is None and kind is str else value
     try:
-        if kind is bool or isinstance(value, (bool, list, dict)):
+        if kind is bool or isinstance(value, (bool, list, dict)) or kind is int and float(value) % 1:
             raise ValueError
         return kind(value)
     except ValueError:
@@ -400,13 +402,6 @@ def check_identity(found, settings, part):
         raise ValueError(f"{found['name']} is not the {part} of training: {', '.join(differing)}; give {part}.name")
 
 
-def read_weights(path):
-    """A plain state dict whose shapes are not known beforehand, read as carefully as model.load_weights reads."""
-    weights = {}
-    model.load_weights(SimpleNamespace(load_state_dict=weights.update), path)
-    return weights
-
-
 def load_listener(cfg, device, dtype):
     """Encoder, adaptor, CTC head (or None), LLM with its LoRA, tokenizer, and how they were used in training."""
     settings, adaptor_file = read_settings(cfg)
@@ -420,7 +415,7 @@ def load_listener(cfg, device, dtype):
                                     get("llm.lora.targets", ()))
     check_identity(llm.identity, settings, "llm")
     if lora_r:
-        lora, own = read_weights(folder / "lora.pt"), model.lora_parameters(llm)
+        lora, own = model.read_weights(folder / "lora.pt"), model.lora_parameters(llm)
         if lora.keys() != own.keys() or any(lora[name].shape != own[name].shape for name in own):
             raise ValueError(f"{folder / 'lora.pt'}: does not fit {settings['llm.name']} with llm.lora.r={lora_r}")
         for name, parameter in own.items():
@@ -433,7 +428,7 @@ def load_listener(cfg, device, dtype):
     ctc, draft = None, read_draft(cfg, get("llm.draft", 0))
     needs_ctc = draft or get("llm.speech") == "ctc"
     if needs_ctc or not cfg["adaptor.file"] and (folder / "ctc_head.pt").is_file():
-        head = read_weights(folder / "ctc_head.pt")
+        head = model.read_weights(folder / "ctc_head.pt")
         ctc = model.CTCHead(table.shape[1], embedding=table, token_ids=head.get("token_ids", []))
         model.load_weights(ctc, folder / "ctc_head.pt")
         ctc = model.freeze(ctc).to(device)
@@ -510,8 +505,8 @@ def transcribe(batch, rows, listener, cfg):
 def choose(answer, log_probs, prompt, speech, listener, cfg):
     """The best of the LLM's answer and the CTC beam, by CTC and LLM together.
 
-    Each knows what the other does not: CTC what sounds alike, the LLM what is a sentence. An answer with tokens that
-    the CTC head lacks gets log p_CTC = -inf, and is chosen only where no candidate has a finite score.
+    Each knows what the other does not: CTC what sounds alike, the LLM what is a sentence. A token that the CTC head
+    lacks (a word that training never had) counts UNKNOWN_LOG_PROB in place of its CTC score.
     """
     ctc = listener.ctc
     beam = [ctc.tokens(labels) for labels, _ in model.ctc_beam_search(log_probs.cpu(), ctc.blank, cfg["decode.beam"])]
@@ -520,7 +515,7 @@ def choose(answer, log_probs, prompt, speech, listener, cfg):
     weight, scores = cfg["decode.ctc_weight"], []
     for ids, llm_score in zip(candidates, by_llm):
         labels = ctc.classes(ids)
-        ctc_score = model.ctc_log_prob(log_probs, labels, ctc.blank) if len(labels) == len(ids) else -math.inf
+        ctc_score = model.ctc_log_prob(log_probs, labels, ctc.blank) + UNKNOWN_LOG_PROB * (len(ids) - len(labels))
         scores.append(weight * ctc_score + (1 - weight) * llm_score)
     return candidates[max(range(len(scores)), key=scores.__getitem__)]
 

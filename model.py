@@ -721,16 +721,23 @@ def speech_for_llm(adaptor, ctc, enc, enc_lens, speech):
     return emb, emb_lens, log_probs, emb_lens
 
 
-def load_weights(module, path):
-    """Load a plain state dict of exactly this module; ValueError names what does not fit."""
+def read_weights(path):
+    """A plain state dict of tensors; ValueError for anything else, such as a torn file or a pickle with code in it."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torn file, or a pickle that would run code: weights_only refuses it
         raise ValueError(f"{path}: not a plain state dict of tensors ({type(error).__name__}); not loaded") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise ValueError(f"{path}: not a plain state dict of tensors; not loaded")
+    return weights
+
+
+def load_weights(module, path):
+    """Load a plain state dict of exactly this module; ValueError names what does not fit."""
     try:
-        module.load_state_dict(weights)
+        module.load_state_dict(read_weights(path))
     except RuntimeError as error:
         raise ValueError(f"{path}: does not fit the configured {type(module).__name__}: {error}") from error
 
@@ -836,7 +843,7 @@ def load_llm(name, dtype=torch.float32, device="cpu", lora_r=0, lora_alpha=None,
     folder = find_model(name)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     llm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-    llm.identity = {"name": str(name), "weights": hash_tensors({"embed": llm.get_input_embeddings().weight})}
+    llm.identity = {"name": str(name), "weights": hash_tensors({"embed": llm.get_input_embeddings().weight.bfloat16()})}
     if lora_r:
         from peft import LoraConfig, inject_adapter_in_model
 

@@ -34,6 +34,7 @@ DEFAULTS = {
     "data.train": "",  # manifest(s): .jsonl, Kaldi folder or data_aishell:train; several separated by commas
     "data.valid": "",
     "data.test": "",
+    "data.perturb": "",  # manifests that data.speed applies to; empty: all of data.train
     "data.speed": [1.0],  # training clips are cached once per factor; keys get "@0.9" for factors other than 1
     "data.max_bad": 100,  # stop when more clips than this cannot be used
     "data.min_s": 0.1,  # clips shorter or longer than this are left out and counted
@@ -47,7 +48,7 @@ DEFAULTS = {
     "cache.shard_clips": 2048,  # clips per shard; a killed run repeats at most one shard per process
     "batch_s": 240.0,  # padded seconds of audio per encoder batch
     "workers": 2,  # processes that read audio and compute features
-    "seed": 0,
+    "seed": 0,  # of the dither, with each clip's key
     "device": "auto",  # auto, cpu, cuda
     "dtype": "auto",  # auto: bf16 on a GPU, fp32 on a CPU
 }
@@ -73,7 +74,8 @@ def load_config(arguments, defaults):
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if equals:
-            given.append((f"argument {argument}", key.strip(), yaml.safe_load(value) if value else ""))
+            text = isinstance(defaults.get(key.strip()), str) or not value  # text stays as typed: YAML minds colons
+            given.append((f"argument {argument}", key.strip(), value if text else yaml.safe_load(value)))
             continue
         if not Path(argument).is_file():
             raise ValueError(f"{argument}: no such config file")
@@ -111,7 +113,7 @@ def convert(value, default, where):
     if value is None or isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return "" if value is None and kind is str else value
     try:
-        if kind is bool or isinstance(value, (bool, list, dict)):
+        if kind is bool or isinstance(value, (bool, list, dict)) or kind is int and float(value) % 1:
             raise ValueError
         return kind(value)
     except ValueError:
@@ -182,10 +184,11 @@ def autocast(device, dtype):
 def list_clips(cfg):
     """Rows of all manifests, training rows once per speed, in a fixed order; a key may have one source only."""
     clips = {}
+    perturb = [spec.strip() for spec in (cfg["data.perturb"] or cfg["data.train"]).split(",")]
     for part in ("train", "valid", "test"):
-        for spec in filter(None, cfg[f"data.{part}"].split(",")):
-            for row in model.read_manifest(spec.strip()):
-                for speed in cfg["data.speed"] if part == "train" else [1.0]:
+        for spec in (spec.strip() for spec in cfg[f"data.{part}"].split(",") if spec.strip()):
+            for row in model.read_manifest(spec):
+                for speed in cfg["data.speed"] if part == "train" and spec in perturb else [1.0]:
                     key = row["key"] if speed == 1.0 else f"{row['key']}@{speed}"
                     clip = {"key": key, "source": row["source"], "speed": speed}
                     if clips.setdefault(key, clip) != clip:
@@ -198,21 +201,21 @@ def list_clips(cfg):
 class Clips(torch.utils.data.Dataset):
     """clip -> (clip, features or None, seconds, reason): audio and features are made in worker processes."""
 
-    def __init__(self, clips, encoder, min_s, max_s):
-        self.clips, self.encoder, self.min_s, self.max_s = clips, encoder, min_s, max_s
+    def __init__(self, clips, encoder, cfg):
+        self.clips, self.encoder, self.cfg = clips, encoder, cfg
 
     def __len__(self):
         return len(self.clips)
 
     def __getitem__(self, index):
-        torch.set_num_threads(1)
-        clip, rate, seconds = self.clips[index], self.encoder.sample_rate, 0.0
+        clip, rate, seconds, cfg = self.clips[index], self.encoder.sample_rate, 0.0, self.cfg
         try:
             wave = model.change_speed(model.load_audio(clip["source"], rate), clip["speed"], rate)
             seconds = len(wave) / rate
-            if not self.min_s <= seconds <= self.max_s:
-                raise model.AudioError(f"{seconds:.2f} s is outside data.min_s..max_s ({self.min_s:g}..{self.max_s:g})")
-            return clip, self.encoder.features(wave, clip["key"]), seconds, ""
+            if not cfg["data.min_s"] <= seconds <= cfg["data.max_s"]:
+                limits = f"{cfg['data.min_s']:g}..{cfg['data.max_s']:g}"
+                raise model.AudioError(f"{seconds:.2f} s is outside data.min_s..max_s ({limits})")
+            return clip, self.encoder.features(wave, f"{cfg['seed']}-{clip['key']}"), seconds, ""
         except model.AudioError as error:
             return clip, None, seconds, str(error)
 
@@ -224,7 +227,7 @@ class Clips(torch.utils.data.Dataset):
 def encode_shard(clips, encoder, cfg, device, dtype, bar):
     """Encode one shard's clips. Output: fp16 (frames, W), index rows in that order, bad rows."""
     loader = torch.utils.data.DataLoader(
-        Clips(clips, encoder, cfg["data.min_s"], cfg["data.max_s"]), batch_size=None, num_workers=cfg["workers"],
+        Clips(clips, encoder, cfg), batch_size=None, num_workers=cfg["workers"],
         multiprocessing_context="fork" if cfg["workers"] else None,  # workers share the encoder's memory
     )
     loaded, bad = [], []
@@ -278,7 +281,8 @@ def main(cfg):
     size = cfg["cache.shard_clips"]
     shards = [clips[start : start + size] for start in range(0, len(clips), size)]
     identity = {f"encoder.{key}": value for key, value in encoder.identity.items()}
-    identity |= {"format": 1, "clips": model.hash_text([[c["key"], c["speed"]] for c in clips]), "shard_clips": size}
+    listed = model.hash_text([[clip["key"], clip["speed"]] for clip in clips])
+    identity |= {"format": 1, "clips": listed, "shard_clips": size, "seed": cfg["seed"]}
     folder = Path(cfg["cache.dir"])
     folder.mkdir(parents=True, exist_ok=True)
     check_cache(folder, identity)

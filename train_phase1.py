@@ -45,6 +45,7 @@ DEFAULTS = {
     "data.train": ...,  # manifests, separated by commas
     "data.valid": ...,
     "data.repeat": [1],  # how often each training manifest counts per epoch, one number for each
+    "data.perturb": "",  # manifests that data.speed applies to; empty: all of data.train
     "data.speed": [1.0],  # use the copies that precompute.py made at these speeds
     "data.normalize": True,  # train on normalised text (lower case, no punctuation), as scoring does
     "llm.name": ...,  # only its embedding table and tokenizer are read
@@ -60,6 +61,7 @@ DEFAULTS = {
     "loss.temperature": 0.07,  # start value; learned
     "ctc.vocab": "train",  # train: tokens of the training transcripts; all: the LLM's whole vocabulary
     "augment.time_masks": 0,  # spans of encoder frames set to zero, per clip
+    "augment.feature_noise": 0.0,  # standard deviation of noise on the cached encoder outputs
     "augment.time_mask_frames": 12,  # longest span
     "batch_clips": 256,  # pairs per process and step; InfoNCE has this many (times GPUs) candidates
     "optim.lr": 1e-4,  # peak
@@ -101,7 +103,8 @@ def load_config(arguments, defaults):
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if equals:
-            given.append((f"argument {argument}", key.strip(), yaml.safe_load(value) if value else ""))
+            text = isinstance(defaults.get(key.strip()), str) or not value  # text stays as typed: YAML minds colons
+            given.append((f"argument {argument}", key.strip(), value if text else yaml.safe_load(value)))
             continue
         if not Path(argument).is_file():
             raise ValueError(f"{argument}: no such config file")
@@ -139,7 +142,7 @@ def convert(value, default, where):
     if value is None or isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return "" if value is None and kind is str else value
     try:
-        if kind is bool or isinstance(value, (bool, list, dict)):
+        if kind is bool or isinstance(value, (bool, list, dict)) or kind is int and float(value) % 1:
             raise ValueError
         return kind(value)
     except ValueError:
@@ -236,13 +239,16 @@ class EncoderCache:
         return self.shards[shard][clip["first"] : clip["first"] + clip["frames"]]
 
 
-def read_utterances(specs, cache, tokenizer, normalize, speeds=(1.0,), repeat=(1,)):
-    """Manifests -> utterances that the cache holds: key, target, ids (LLM tokens), frames, seconds, language.
+def read_utterances(specs, cache, tokenizer, normalize, speeds=(1.0,), repeat=(1,), perturb=""):
+    """Manifests -> utterances that the cache holds: key, target, ids (LLM tokens), frames, seconds, ...
+
+    speeds apply to the manifests named in `perturb`, or to all of them if it is empty; repeat has one number for each.
 
     Clips that precompute.py left out are left out here too and counted; empty transcripts likewise. A key that the
     cache has never seen means that the cache belongs to another manifest: ValueError.
     """
     specs = [spec.strip() for spec in specs.split(",") if spec.strip()]
+    perturb = [spec.strip() for spec in perturb.split(",") if spec.strip()] or specs
     if len(repeat) not in (1, len(specs)):
         raise ValueError(f"data.repeat has {len(repeat)} numbers for {len(specs)} manifests; give one for each")
     utterances, left_out = [], []
@@ -250,7 +256,7 @@ def read_utterances(specs, cache, tokenizer, normalize, speeds=(1.0,), repeat=(1
         for row in model.read_manifest(spec):
             target = model.normalize_text(row["target"]) if normalize else row["target"].strip()
             ids = model.text_to_ids(tokenizer, target)
-            for speed in speeds:
+            for speed in speeds if spec in perturb else [1.0]:
                 key = row["key"] if speed == 1.0 else f"{row['key']}@{speed}"
                 if key in cache.bad or not ids:
                     left_out.append((key, cache.bad.get(key, "empty transcript")))
@@ -259,7 +265,8 @@ def read_utterances(specs, cache, tokenizer, normalize, speeds=(1.0,), repeat=(1
                     raise ValueError(f"{row['where']}: {key} is not in the cache; run precompute.py over this manifest")
                 clip = cache.clips[key][1]
                 utterance = {"key": key, "target": target, "ids": ids, "frames": clip["frames"],
-                             "seconds": clip["seconds"], "language": row.get("language")}
+                             "seconds": clip["seconds"]}
+                utterance |= {k: row[k] for k in ("language", "prompt", "hotwords") if k in row}
                 utterances += [utterance] * repeat[number % len(repeat)]
     if left_out:
         print(f"{', '.join(specs)}: {len(left_out)} clips left out, first {left_out[0][0]}: {left_out[0][1]}")
@@ -305,7 +312,7 @@ def epoch_batches(lengths, size, budget, world, seed, epoch):
 
 
 def load_frames(utterances, cache, cfg, seed=None):
-    """Cached encoder outputs of one batch: enc (B, T, W) fp32, lens (B,). seed: mask spans of time, for training."""
+    """Cached encoder outputs of one batch: enc (B, T, W) fp32, lens (B,). seed: augment, for training."""
     rows = []
     for utterance in utterances:
         row = torch.from_numpy(np.array(cache[utterance["key"]], dtype=np.float32))  # (T, W)
@@ -315,6 +322,9 @@ def load_frames(utterances, cache, cfg, seed=None):
                 width = min(rng.randint(0, cfg["augment.time_mask_frames"]), len(row) // 4)
                 first = rng.randint(0, len(row) - width)
                 row[first : first + width] = 0.0
+        if seed is not None and cfg["augment.feature_noise"]:
+            generator = torch.Generator().manual_seed(int(model.hash_text([seed, utterance["key"]])[:15], 16))
+            row += cfg["augment.feature_noise"] * torch.randn(row.shape, generator=generator)
         rows.append(row)
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
 
@@ -511,10 +521,13 @@ def main(cfg):
     rank, world = rank_and_world()
     torch.manual_seed(cfg["seed"])
     cache = EncoderCache(cfg["cache.dir"])
+    if cfg["adaptor.keep_query_frames"] != cache.identity.get("encoder.query_frames", False):
+        raise ValueError(f"{cfg['cache.dir']}: was made with adaptor.keep_query_frames="
+                         f"{cache.identity.get('encoder.query_frames', False)}; give the same here")
     table, tokenizer = model.load_embedding(cfg["llm.name"])
     table = table.to(device)
     train = read_utterances(cfg["data.train"], cache, tokenizer, cfg["data.normalize"], cfg["data.speed"],
-                            cfg["data.repeat"])
+                            cfg["data.repeat"], cfg["data.perturb"])
     valid = read_utterances(cfg["data.valid"], cache, tokenizer, cfg["data.normalize"])
     names = {target: n for n, target in enumerate(sorted({u["target"] for u in train}))}
     state = open_run(cfg, rank)

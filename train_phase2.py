@@ -47,6 +47,7 @@ DEFAULTS = {
     "data.train": ...,  # manifests, separated by commas
     "data.valid": ...,
     "data.repeat": [1],  # how often each training manifest counts per epoch, one number for each
+    "data.perturb": "",  # manifests that data.speed applies to; empty: all of data.train
     "data.speed": [1.0],  # cache: copies to use; audio: factors to draw from
     "data.normalize": True,  # train on normalised text (lower case, no punctuation), as scoring does
     "data.max_s": 30.0,  # audio: longer training clips are left out and counted
@@ -75,6 +76,7 @@ DEFAULTS = {
     "adaptor.keep_query_frames": False,
     "loss.ctc_weight": 0.0,
     "augment.time_masks": 0,  # spans of encoder frames set to zero, per clip
+    "augment.feature_noise": 0.0,  # standard deviation of noise on the cached encoder outputs
     "augment.time_mask_frames": 12,
     "augment.noise": 0.0,  # audio: probability of white noise at 5 to 30 dB SNR
     "augment.telephone": 0.0,  # audio: probability of a telephone channel (300-3400 Hz, 8 kHz, G.711)
@@ -121,7 +123,8 @@ def load_config(arguments, defaults):
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if equals:
-            given.append((f"argument {argument}", key.strip(), yaml.safe_load(value) if value else ""))
+            text = isinstance(defaults.get(key.strip()), str) or not value  # text stays as typed: YAML minds colons
+            given.append((f"argument {argument}", key.strip(), value if text else yaml.safe_load(value)))
             continue
         if not Path(argument).is_file():
             raise ValueError(f"{argument}: no such config file")
@@ -159,7 +162,7 @@ def convert(value, default, where):
     if value is None or isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return "" if value is None and kind is str else value
     try:
-        if kind is bool or isinstance(value, (bool, list, dict)):
+        if kind is bool or isinstance(value, (bool, list, dict)) or kind is int and float(value) % 1:
             raise ValueError
         return kind(value)
     except ValueError:
@@ -256,13 +259,16 @@ class EncoderCache:
         return self.shards[shard][clip["first"] : clip["first"] + clip["frames"]]
 
 
-def read_utterances(specs, cache, tokenizer, normalize, speeds=(1.0,), repeat=(1,)):
-    """Manifests -> utterances that the cache holds: key, target, ids (LLM tokens), frames, seconds, language.
+def read_utterances(specs, cache, tokenizer, normalize, speeds=(1.0,), repeat=(1,), perturb=""):
+    """Manifests -> utterances that the cache holds: key, target, ids (LLM tokens), frames, seconds, ...
+
+    speeds apply to the manifests named in `perturb`, or to all of them if it is empty; repeat has one number for each.
 
     Clips that precompute.py left out are left out here too and counted; empty transcripts likewise. A key that the
     cache has never seen means that the cache belongs to another manifest: ValueError.
     """
     specs = [spec.strip() for spec in specs.split(",") if spec.strip()]
+    perturb = [spec.strip() for spec in perturb.split(",") if spec.strip()] or specs
     if len(repeat) not in (1, len(specs)):
         raise ValueError(f"data.repeat has {len(repeat)} numbers for {len(specs)} manifests; give one for each")
     utterances, left_out = [], []
@@ -270,7 +276,7 @@ def read_utterances(specs, cache, tokenizer, normalize, speeds=(1.0,), repeat=(1
         for row in model.read_manifest(spec):
             target = model.normalize_text(row["target"]) if normalize else row["target"].strip()
             ids = model.text_to_ids(tokenizer, target)
-            for speed in speeds:
+            for speed in speeds if spec in perturb else [1.0]:
                 key = row["key"] if speed == 1.0 else f"{row['key']}@{speed}"
                 if key in cache.bad or not ids:
                     left_out.append((key, cache.bad.get(key, "empty transcript")))
@@ -279,7 +285,8 @@ def read_utterances(specs, cache, tokenizer, normalize, speeds=(1.0,), repeat=(1
                     raise ValueError(f"{row['where']}: {key} is not in the cache; run precompute.py over this manifest")
                 clip = cache.clips[key][1]
                 utterance = {"key": key, "target": target, "ids": ids, "frames": clip["frames"],
-                             "seconds": clip["seconds"], "language": row.get("language")}
+                             "seconds": clip["seconds"]}
+                utterance |= {k: row[k] for k in ("language", "prompt", "hotwords") if k in row}
                 utterances += [utterance] * repeat[number % len(repeat)]
     if left_out:
         print(f"{', '.join(specs)}: {len(left_out)} clips left out, first {left_out[0][0]}: {left_out[0][1]}")
@@ -325,7 +332,7 @@ def epoch_batches(lengths, size, budget, world, seed, epoch):
 
 
 def load_frames(utterances, cache, cfg, seed=None):
-    """Cached encoder outputs of one batch: enc (B, T, W) fp32, lens (B,). seed: mask spans of time, for training."""
+    """Cached encoder outputs of one batch: enc (B, T, W) fp32, lens (B,). seed: augment, for training."""
     rows = []
     for utterance in utterances:
         row = torch.from_numpy(np.array(cache[utterance["key"]], dtype=np.float32))  # (T, W)
@@ -335,6 +342,9 @@ def load_frames(utterances, cache, cfg, seed=None):
                 width = min(rng.randint(0, cfg["augment.time_mask_frames"]), len(row) // 4)
                 first = rng.randint(0, len(row) - width)
                 row[first : first + width] = 0.0
+        if seed is not None and cfg["augment.feature_noise"]:
+            generator = torch.Generator().manual_seed(int(model.hash_text([seed, utterance["key"]])[:15], 16))
+            row += cfg["augment.feature_noise"] * torch.randn(row.shape, generator=generator)
         rows.append(row)
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
 
@@ -425,7 +435,7 @@ def read_audio_utterances(cfg, specs, tokenizer, encoder, repeat=(1,)):
                 continue
             frames = encoder.num_frames(round(seconds * encoder.sample_rate))
             utterance = {"key": row["key"], "source": row["source"], "target": target, "ids": ids, "frames": frames,
-                         "seconds": seconds, "language": row.get("language")}
+                         "seconds": seconds} | {k: row[k] for k in ("language", "prompt", "hotwords") if k in row}
             utterances += [utterance] * repeat[number % len(repeat)]
     return utterances, left_out
 
@@ -496,11 +506,12 @@ class Phase2(nn.Module):
         self.adaptor, self.ctc, self.llm = adaptor, ctc, llm
         self.tokenizer, self.cfg, self.stop_id = tokenizer, cfg, model.end_of_turn(tokenizer)
 
-    def prompts(self, count, drafts):
-        return [model.build_prompt(self.tokenizer, self.cfg["llm.prompt"], drafts[i], system=self.cfg["llm.system"])
-                for i in range(count)]
+    def prompts(self, rows, drafts):
+        return [model.build_prompt(self.tokenizer, row.get("prompt") or self.cfg["llm.prompt"], draft,
+                                   row.get("language"), row.get("hotwords") or (), self.cfg["llm.system"])
+                for row, draft in zip(rows, drafts)]
 
-    def listen(self, enc, lens, with_draft):
+    def listen(self, enc, lens, rows, with_draft):
         """Speech for the LLM, prompts (with the CTC 1-best where with_draft[i]), CTC scores and their lengths."""
         speech, speech_lens, log_probs, emb_lens = model.speech_for_llm(
             self.adaptor, self.ctc, enc, lens, self.cfg["llm.speech"])
@@ -509,11 +520,11 @@ class Phase2(nn.Module):
             paths = model.ctc_greedy(log_probs, emb_lens, self.ctc.blank)
             drafts = [self.tokenizer.decode(self.ctc.tokens(path)).strip() if wanted else None
                       for path, wanted in zip(paths, with_draft)]
-        return speech, speech_lens, self.prompts(len(enc), drafts), log_probs, emb_lens
+        return speech, speech_lens, self.prompts(rows, drafts), log_probs, emb_lens
 
-    def forward(self, enc, lens, ids, with_draft):
-        """Sums over the batch: CE (nats), right tokens, CTC (nats), impossible CTC rows; a row without ids adds 0."""
-        speech, speech_lens, prompts, log_probs, emb_lens = self.listen(enc, lens, with_draft)
+    def forward(self, enc, lens, rows, ids, with_draft):
+        """Sums over the batch: CE (nats), right tokens, CTC (nats), CTC rows left out; a row without ids adds 0."""
+        speech, speech_lens, prompts, log_probs, emb_lens = self.listen(enc, lens, rows, with_draft)
         targets = [[*row, self.stop_id] if row else [] for row in ids]
         spliced = model.splice(self.llm.get_input_embeddings(), prompts, speech, speech_lens, targets)
         ce, _, right = model.transcript_loss(self.llm, spliced)
@@ -534,7 +545,7 @@ def build(cfg, width, llm, tokenizer, train, device):
     if cfg["init.dir"]:
         model.load_weights(adaptor, folder / "adaptor_cached.pt")
         if needs_ctc and (folder / "ctc_head.pt").is_file():
-            head = torch.load(folder / "ctc_head.pt", map_location="cpu", weights_only=True)
+            head = model.read_weights(folder / "ctc_head.pt")
             tokens = head["token_ids"].tolist()
     if needs_ctc and head is None and cfg["loss.ctc_weight"] == 0:
         raise ValueError("llm.speech=ctc and llm.draft need a trained CTC head: give the init.dir of a phase 1 with "
@@ -543,10 +554,9 @@ def build(cfg, width, llm, tokenizer, train, device):
     if head is not None:
         ctc.load_state_dict(head)
     if not cfg["adaptor.train"]:
-        adaptor.requires_grad_(False)
-    if ctc is not None and not (cfg["loss.ctc_weight"] > 0 and cfg["adaptor.train"] or cfg["llm.speech"] == "ctc"
-                                and cfg["adaptor.train"]):
-        ctc.requires_grad_(False)
+        model.freeze(adaptor)
+    if ctc is not None and not (cfg["adaptor.train"] and (cfg["loss.ctc_weight"] > 0 or cfg["llm.speech"] == "ctc")):
+        model.freeze(ctc)
     phase = Phase2(adaptor, ctc, llm, tokenizer, cfg).to(device)
     if not any(p.requires_grad for p in phase.parameters()):
         raise ValueError("nothing trains: set adaptor.train=true or llm.lora.r > 0")
@@ -567,12 +577,12 @@ def validate(phase, utterances, load, cfg, device, dtype):
         enc, lens = load(batch)
         enc, lens = enc.to(device), lens.to(device)
         with autocast(device, dtype):
-            ce, right, _, _, _ = phase(enc, lens, [u["ids"] for u in batch], [drafted] * len(batch))
+            ce, right, _, _, _ = phase(enc, lens, batch, [u["ids"] for u in batch], [drafted] * len(batch))
         sums += torch.tensor([float(ce), float(right), sum(len(u["ids"]) + 1 for u in batch)])
         if start >= cfg["run.valid_decode"]:
             continue
         with autocast(device, dtype):
-            speech, speech_lens, prompts, log_probs, emb_lens = phase.listen(enc, lens, [drafted] * len(batch))
+            speech, speech_lens, prompts, log_probs, emb_lens = phase.listen(enc, lens, batch, [drafted] * len(batch))
             spliced = model.splice(phase.llm.get_input_embeddings(), prompts, speech, speech_lens, pad_left=True)
             caps = [model.token_cap(u["seconds"]) for u in batch]
             answers, _ = model.greedy_decode(phase.llm, spliced, phase.stop_id, caps)
@@ -645,9 +655,12 @@ def main(cfg):
     cache, encoder, bad = None, None, []
     if cfg["data.source"] == "cache":
         cache = EncoderCache(cfg["cache.dir"])
+        if cfg["adaptor.keep_query_frames"] != cache.identity.get("encoder.query_frames", False):
+            raise ValueError(f"{cfg['cache.dir']}: was made with adaptor.keep_query_frames="
+                             f"{cache.identity.get('encoder.query_frames', False)}; give the same here")
         width, identity = cache.width, {k: v for k, v in cache.identity.items() if k.startswith("encoder.")}
         train = read_utterances(cfg["data.train"], cache, tokenizer, cfg["data.normalize"], cfg["data.speed"],
-                                cfg["data.repeat"])
+                                cfg["data.repeat"], cfg["data.perturb"])
         valid = read_utterances(cfg["data.valid"], cache, tokenizer, cfg["data.normalize"])
     elif cfg["data.source"] == "audio":
         encoder = model.load_encoder(cfg["encoder.name"], cfg["encoder.language"], cfg["encoder.text_norm"],
@@ -663,7 +676,7 @@ def main(cfg):
     phase = build(cfg, width, llm, tokenizer, train, device)
     optimizer = make_optimizer(phase, cfg, device)
     wrapped = nn.parallel.DistributedDataParallel(phase) if world > 1 else phase
-    prompt_tokens = sum(len(part) for part in phase.prompts(1, [None])[0])
+    prompt_tokens = sum(len(part) for part in phase.prompts([{}], [None])[0])
     step, epoch, used, best, spent, accum = 0, 0, 0, math.inf, 0.0, cfg["optim.accum"]
     if state:
         missing, unknown = phase.load_state_dict(state["trained"], strict=False)
@@ -707,7 +720,8 @@ def main(cfg):
             rng = random.Random(f"{cfg['seed']}-{step}-{utterances[0]['key']}")
             with_draft = [rng.random() < cfg["llm.draft"] for _ in utterances]
             with autocast(device, dtype):
-                ce, right, ctc, impossible, positions = wrapped(enc.to(device), lens.to(device), part, with_draft)
+                ce, right, ctc, impossible, positions = wrapped(
+                    enc.to(device), lens.to(device), utterances, part, with_draft)
             loss = ce / tokens + cfg["loss.ctc_weight"] * ctc / clips
             (loss * world).backward()  # DDP averages over processes, we want the sum
             window["ce"] += ce.detach()
@@ -783,7 +797,7 @@ def print_start(cfg, phase, train, valid, total, device, dtype, world, identity)
     for name, part in phase.named_children():
         trains = sum(p.numel() for p in part.parameters() if p.requires_grad)
         print(f"  {name}: {trains:,} trainable, {sum(p.numel() for p in part.parameters()) - trains:,} frozen")
-    before, after = phase.prompts(1, [None])[0]
+    before, after = phase.prompts([{}], [None])[0]
     print(f"prompt: {phase.tokenizer.decode(before)!r} SPEECH {phase.tokenizer.decode(after)!r}")
     print(f"encoder {identity['encoder.name']}, LLM {cfg['llm.name']}, device {device}, {dtype}, "
           f"torch {torch.__version__}, seed {cfg['seed']}", flush=True)

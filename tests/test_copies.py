@@ -78,7 +78,7 @@ def test_nothing_is_fetched_with_remote_code_or_unpickled():
 
 def test_every_command_of_the_readme_names_files_and_keys_that_exist():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^(?:torchrun \S+ \S+ |python )((?:\w+)\.py)([^\n#]*)", readme, re.MULTILINE)
+    commands = re.findall(r"^(?:\| `)?(?:torchrun \S+ \S+ |python )((?:\w+)\.py)([^\n#`]*)", readme, re.MULTILINE)
     assert len(commands) >= 6
     for script, rest in commands:
         assert (ROOT / script).is_file(), script

@@ -102,6 +102,30 @@ def test_decoding_options_reach_the_decoder(world, outcome):
     assert all(len(set(text.split())) == len(text.split()) for text in texts(penalised).values())
 
 
+def test_ctc_and_llm_choose_together(world, outcome):
+    """With all weight on CTC the text is CTC's best of the candidates; with next to none it is the LLM's."""
+    cfg = infer.load_config([world.dir], infer.DEFAULTS)
+    listener = infer.load_listener(cfg, torch.device("cpu"), torch.float32)
+    ctc, tokenizer, answers = listener.ctc, listener.tokenizer, texts(outcome)
+    by_ctc = texts(call(infer, world.dir, world.manifest, "decode.ctc_weight=1", "decode.beam=4"))
+    by_llm = texts(call(infer, world.dir, world.manifest, "decode.ctc_weight=1e-9", "decode.beam=4"))
+    for row in model.read_manifest(world.manifest):
+        feats = listener.encoder.features(model.load_audio(row["source"], 16000), row["key"])
+        with torch.no_grad():
+            enc, lens = listener.encoder(feats[None], torch.tensor([len(feats)]))
+            speech, _, log_probs, positions = model.speech_for_llm(listener.adaptor, ctc, enc, lens, "frames")
+        found = [ctc.tokens(labels) for labels, _ in model.ctc_beam_search(log_probs[0], ctc.blank, 4)]
+        answer = model.text_to_ids(tokenizer, answers[row["key"]])
+        found += [answer] if len(ctc.classes(answer)) == len(answer) else []  # CTC cannot score tokens it lacks
+        best = max(found, key=lambda ids: model.ctc_log_prob(log_probs[0], ctc.classes(ids), ctc.blank))
+        assert by_ctc[row["key"]] == tokenizer.decode(best).strip()
+        draft = tokenizer.decode(ctc.tokens(model.ctc_greedy(log_probs, positions, ctc.blank)[0])).strip()
+        prompt = infer.make_prompt({}, draft, listener, cfg)
+        scores = model.answer_log_probs(listener.llm, prompt, speech[0], found, listener.stop_id)
+        assert by_llm[row["key"]] == tokenizer.decode(found[int(scores.argmax())]).strip()
+    assert len({tuple(by_ctc.values()), tuple(by_llm.values())}) == 2
+
+
 def test_wrong_audio_gives_every_clip_what_another_one_says(world, outcome):
     wrong = call(infer, world.dir, world.manifest, "control.wrong_audio=true")
     right, targets = texts(outcome), texts(outcome, "target")
@@ -532,11 +556,11 @@ def test_damaged_weights_are_refused_by_name(world, tmp_path, monkeypatch, name)
 
 
 def test_the_command_prints_transcripts_and_rates_in_one_go(world, outcome):
-    command = [sys.executable, ROOT / "infer.py", ROOT / "configs" / "demo_infer.yaml", world.dir, world.manifest]
-    run = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, ROOT / "infer.py", ROOT / "configs" / "demo_infer.yaml", world.dir]
+    run = subprocess.run([*command, "decode.ctc_weight=0", world.manifest], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     for key, text in texts(outcome).items():
         assert f"{key}\t{' '.join(text.split())}\n" in run.stdout
     assert f"({100 * outcome['error_rate']:.2f} % normalised)" in run.stdout and "RTF" in run.stdout
-    wrong = subprocess.run([*command[:2], world.dir, "absent.wav"], capture_output=True, text=True)
+    wrong = subprocess.run([*command, "absent.wav"], capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr == "error: absent.wav: no such file, folder or manifest\n"
