@@ -354,7 +354,8 @@ def test_phase_2_overfits_a_few_clips_and_leaves_the_llm_alone(world, tmp_path, 
          "llm.lora.r=8", f"run.dir={tmp_path}")
     scores = metrics(tmp_path)
     final = next(row for row in reversed(scores) if "er" in row)
-    assert final["valid_acc"] > 0.8 and final["er"] < 0.7  # a random LLM is harder to steer than a trained one
+    # a random LLM is harder to steer than a trained one; untouched it scores 0 and over 1
+    assert final["valid_acc"] > 0.8 and final["er"] < 0.7
     assert all("adaptor." in name or "lora_" in name for name in weights_of(tmp_path))
     after = model.load_llm(qwen3_folder)[0].state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
