@@ -339,7 +339,8 @@ def test_two_processes_equal_one_with_the_doubled_batch(world, tmp_path, script,
 
 def test_phase_1_lowers_both_losses_and_writes_loadable_weights(world, tmp_path):
     call(train_phase1, *world["phase1"], "loss.ctc_weight=1", "optim.max_steps=200", "run.log_every=10",
-         "adaptor.dropout=0", "run.valid_every=200", "augment.time_masks=0", "optim.lr=5e-3", "batch_clips=12", f"run.dir={tmp_path}")
+         "adaptor.dropout=0", "run.valid_every=200", "augment.time_masks=0", "optim.lr=5e-3", "batch_clips=12",
+         f"run.dir={tmp_path}")
     rows = metrics(tmp_path)
     losses = [row for row in rows if "nce" in row]
     assert losses[-1]["nce"] < 0.7 * losses[0]["nce"] and losses[-1]["ctc"] < 0.5 * losses[0]["ctc"]
