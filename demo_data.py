@@ -602,7 +602,7 @@ def covering_texts(rng, texts, words, heard, allowed, n):
 
 def word_groups(rng, words, allowed, n):
     """n lists of 1 to 4 words, longer where n would not hold every word once; the most frequent words come twice."""
-    longest = max(4, 2 * len(words) // n)
+    longest = min(16, max(4, 2 * len(words) // max(1, n)))   # 16 words are 8 s; a small n does not hold every word
     sizes = [rng.randint(1, longest) for _ in range(n)]
     words = (words * (1 + sum(sizes) // max(1, len(words))))[:sum(sizes)]
     rng.shuffle(words)

@@ -235,7 +235,7 @@ def encode_shard(clips, encoder, cfg, device, dtype, bar):
         if reason:
             bad.append({"key": clip["key"], "source": clip["source"], "reason": reason})
         else:
-            loaded.append((clip, feats, seconds))
+            loaded.append((clip, feats.clone(), seconds))  # a worker's tensor holds a file descriptor
         bar.update(1)
     loaded.sort(key=lambda item: (len(item[1]), item[0]["key"]))  # neighbours of like length: little padding
     outputs, index, first = [], [], 0

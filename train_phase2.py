@@ -683,7 +683,6 @@ def main(cfg):
         assert not unknown and all(name.startswith("llm.") and "lora_" not in name for name in missing)
         optimizer.load_state_dict(state["optimizer"])
         step, epoch, used, best, spent = (state[k] for k in ("step", "epoch", "used", "best", "seconds"))
-        torch.set_rng_state(state["rng"])
     lengths = [-(-u["frames"] // cfg["adaptor.stack"]) + 2 * len(u["ids"]) + prompt_tokens for u in train]
     per_epoch = len(epoch_batches(lengths, cfg["batch_clips"], cfg["batch_tokens"], world, cfg["seed"], 0))
     total = cfg["optim.max_steps"] or cfg["optim.epochs"] * per_epoch // accum
@@ -705,6 +704,7 @@ def main(cfg):
     window, started = new_window(), time.time()
     bar = tqdm(total=total, initial=step, unit="step", disable=rank != 0 or None)
     while step < total:
+        torch.manual_seed(int(model.hash_text([cfg["seed"], step, rank])[:15], 16))  # dropout: a function of the step
         lr = learning_rate(step, total, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -758,7 +758,7 @@ def main(cfg):
             best = min(best, score)
         if rank == 0 and (step % cfg["run.save_every"] == 0 or last):
             state = {"format": 1, "trained": trained_state(phase), "optimizer": optimizer.state_dict(), "step": step,
-                     "epoch": epoch, "used": used, "best": best, "rng": torch.get_rng_state(), "config": cfg,
+                     "epoch": epoch, "used": used, "best": best, "config": cfg,
                      "identity": identity, "seconds": spent + time.time() - started}
             write_atomic(folder / "last.pt", lambda file, state=state: torch.save(state, file))
     bar.close()
