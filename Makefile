@@ -18,4 +18,4 @@ lint: setup
 	$(PY) -m ruff check .
 
 demo: setup
-	$(PY) demo.py $(if $(SPEECH),speech=$(SPEECH)) $(ARGS)
+	$(PY) demo.py $(if $(SPEECH),"speech=$(SPEECH)") $(ARGS)

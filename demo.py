@@ -1,7 +1,7 @@
 """The whole pipeline on real weights and real telephone speech, on two CPU cores and without a model hub.
 
     make demo                       # or: python demo.py [key=value ...]
-    python demo.py seed=1 run=demo/seed1       # another seed on the same data
+    python demo.py seed=1 run=demo/seed1       # another seed of both trainings, on the same data
     python demo.py quick=true                  # a few minutes: checks that everything runs, learns little
     python demo.py ablation=true               # what phase 1 buys phase 2: InfoNCE, CTC, both, none
 
@@ -31,7 +31,8 @@ import model  # noqa: E402
 import train_phase1  # noqa: E402
 
 DEFAULTS = {
-    "run": "demo/run",  # folder of this run's phase1, phase2 and results
+    "home": "",  # folder of everything that is made; empty: demo, or demo/quick with quick=true
+    "run": "",  # folder of this run's phase1, phase2 and results; empty: home/run
     "speech": "",  # manifest.jsonl of your own speech in place of Debian's prompts
     "seed": 0,
     "quick": False,  # fewer clips and steps
@@ -42,33 +43,53 @@ QUICK = {"data": ["n_synthetic=120"], "phase1": ["optim.max_steps=60", "run.vali
 ABLATION = {"InfoNCE + CTC": [], "CTC": ["loss.contrastive_weight=0"], "InfoNCE": ["loss.ctc_weight=0"], "none": None}
 
 
+# ---- folders ----------------------------------------------------------------------------------------------------
+
+
+def config_file(cfg, name):
+    """configs/demo_NAME.yaml with the folder of this demo in place of demo/."""
+    text = Path(f"configs/demo_{name}.yaml").read_text(encoding="utf-8").replace("demo/", f"{cfg['home']}/")
+    path = Path(cfg["home"]) / f"{name}.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def claim(folder, **made_with):
+    """Make a folder, or refuse one that other speech, another size or another seed has filled."""
+    path = Path(folder) / "made_with.json"
+    if path.is_file() and (found := json.loads(path.read_text(encoding="utf-8"))) != made_with:
+        raise ValueError(f"{folder}: was made with {found}, now asked for {made_with}; give another home= or run=, "
+                         "or delete it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(made_with), encoding="utf-8")
+
+
 # ---- stages -----------------------------------------------------------------------------------------------------
 
 
 def run_stage(cfg, name, script, arguments, done):
-    """Run a script unless the file `done` exists; its seconds are kept in run/seconds.json."""
+    """Run a script unless it has finished before; run/seconds.json keeps what each stage took."""
     record = Path(cfg["run"]) / "seconds.json"
-    seconds = json.loads(record.read_text()) if record.is_file() else {}
-    if Path(done).exists():
+    seconds = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    if name in seconds and Path(done).exists():
         print(f"== {name}: {done} is there already")
         return
     command = [sys.executable, script, *arguments]
     print(f"== {name}: python {script} {' '.join(arguments)}", flush=True)
-    started = time.time()
     # glibc gives large blocks back to the system at every free; getting them again cost more than the arithmetic
     keep_memory = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
+    started = time.time()
     if subprocess.run(command, env=os.environ | keep_memory).returncode:
         sys.exit(f"demo: {script} failed; mend what it says and start again, finished stages are kept")
-    record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(seconds | {name: round(time.time() - started, 1)}, indent=1))
+    seconds[name] = round(time.time() - started, 1)
+    record.write_text(json.dumps(seconds, indent=1), encoding="utf-8")
 
 
 def train_stage(cfg, name, script, arguments):
-    """A training run: done when it has written its last step; an interrupted one goes on where it was saved."""
+    """A training run; an interrupted one goes on where it was saved."""
     folder = Path(cfg["run"]) / name
-    arguments = [*arguments, f"run.dir={folder}", f"seed={cfg['seed']}", "run.resume=true"]
-    run_stage(cfg, name, script, arguments, folder / "finished")
-    (folder / "finished").touch()
+    arguments = [config_file(cfg, name), *arguments, f"run.dir={folder}", f"seed={cfg['seed']}", "run.resume=true"]
+    run_stage(cfg, name, script, arguments, folder / "last.pt")
 
 
 def run_infer(cfg, name, inputs, *arguments):
@@ -76,10 +97,10 @@ def run_infer(cfg, name, inputs, *arguments):
     folder = Path(cfg["run"])
     out = folder / name
     run_stage(cfg, f"infer {name}", "infer.py",
-              ["configs/demo_infer.yaml", f"model.dir={folder / 'phase2'}", f"out={out}.json,{out}.jsonl,{out}.html",
+              [config_file(cfg, "infer"), f"model.dir={folder / 'phase2'}", f"out={out}.json,{out}.jsonl,{out}.html",
                *arguments, inputs], f"{out}.html")
     rows = [json.loads(line) for line in Path(f"{out}.jsonl").read_text(encoding="utf-8").splitlines()]
-    return json.loads(Path(f"{out}.json").read_text()), rows
+    return json.loads(Path(f"{out}.json").read_text(encoding="utf-8")), rows
 
 
 def whisper_decoder(cfg, rows):
@@ -88,7 +109,7 @@ def whisper_decoder(cfg, rows):
 
     path = Path(cfg["run"]) / "whisper.json"
     if not path.is_file():
-        name = "demo/models/whisper-tiny.en"
+        name = f"{cfg['home']}/models/whisper-tiny.en"
         whisper = WhisperForConditionalGeneration.from_pretrained(name).eval()
         processor, texts = WhisperProcessor.from_pretrained(name), []
         for start in range(0, len(rows), 16):
@@ -133,7 +154,7 @@ def plot_losses(cfg, folder):
     figure, axes = plt.subplots(1, 2, figsize=(11, 4))
     curves = {"phase1": ("loss", "nce", "ctc", "ctc_er"), "phase2": ("ce", "valid_ce", "er", "ctc_er")}
     for axis, (phase, names) in zip(axes, curves.items()):
-        lines = (Path(cfg["run"]) / phase / "metrics.jsonl").read_text().splitlines()
+        lines = (Path(cfg["run"]) / phase / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         for name in names:
             points = [(row["step"], row[name]) for row in rows if name in row]
@@ -191,41 +212,51 @@ def save_plot(figure, path):
 # ---- the demo ---------------------------------------------------------------------------------------------------
 
 
-def main(cfg):
+def prepare(cfg):
+    """Fill in the folders, get weights and speech, run the encoder over them."""
     quick = QUICK if cfg["quick"] else {}
-    Path(cfg["run"]).mkdir(parents=True, exist_ok=True)
-    data = [f"speech={cfg['speech']}"] if cfg["speech"] else []
-    run_stage(cfg, "data", "demo_data.py", data + quick.get("data", []), "demo/data/train_synthetic.jsonl")
-    run_stage(cfg, "precompute", "precompute.py", ["configs/demo_precompute.yaml"], "demo/cache/bad.jsonl")
-    train_stage(cfg, "phase1", "train_phase1.py", ["configs/demo_phase1.yaml", *quick.get("phase1", [])])
-    train_stage(cfg, "phase2", "train_phase2.py",
-                ["configs/demo_phase2.yaml", f"init.dir={Path(cfg['run']) / 'phase1'}", *quick.get("phase2", [])])
-    test, other = model.read_manifest("demo/data/test.jsonl"), "demo/data/other.jsonl"
-    summary, rows = run_infer(cfg, "test", "demo/data/test.jsonl")
-    no_draft, _ = run_infer(cfg, "test_no_draft", "demo/data/test.jsonl", "draft=false",
-                            "decode.ctc_weight=0")
-    wrong, _ = run_infer(cfg, "test_wrong_audio", "demo/data/test.jsonl", "draft=false", "decode.ctc_weight=0",
-                         "control.wrong_audio=true")
-    train_part = Path(cfg["run"]) / "train_part.jsonl"
-    write_train_part(train_part)
-    train, _ = run_infer(cfg, "train", str(train_part))
+    cfg["home"] = cfg["home"] or ("demo/quick" if cfg["quick"] else "demo")
+    cfg["run"] = cfg["run"] or f"{cfg['home']}/run"
+    claim(cfg["home"], speech=cfg["speech"], quick=cfg["quick"])
+    claim(cfg["run"], seed=cfg["seed"])
+    data = [f"out={cfg['home']}", *([f"speech={cfg['speech']}"] if cfg["speech"] else []), *quick.get("data", [])]
+    run_stage(cfg, "data", "demo_data.py", data, f"{cfg['home']}/data/train_synthetic.jsonl")
+    others = Path(f"{cfg['home']}/data/other.jsonl").read_text(encoding="utf-8").strip()
+    only_test = [] if others else [f"data.test={cfg['home']}/data/test.jsonl"]  # of the user's own speech
+    run_stage(cfg, "precompute", "precompute.py", [config_file(cfg, "precompute"), *only_test],
+              f"{cfg['home']}/cache/bad.jsonl")
+    return quick, f"{cfg['home']}/data/other.jsonl" if others else ""
+
+
+def main(cfg):
+    quick, other = prepare(cfg)
+    train_stage(cfg, "phase1", "train_phase1.py", quick.get("phase1", []))
+    train_stage(cfg, "phase2", "train_phase2.py", [f"init.dir={cfg['run']}/phase1", *quick.get("phase2", [])])
+    manifest = f"{cfg['home']}/data/test.jsonl"
+    test, train_part = model.read_manifest(manifest), write_train_part(cfg)
+    summary, rows = run_infer(cfg, "test", manifest)
+    no_draft, _ = run_infer(cfg, "test_no_draft", manifest, "draft=false")
+    wrong, _ = run_infer(cfg, "test_wrong_audio", manifest, "draft=false", "control.wrong_audio=true")
+    train, _ = run_infer(cfg, "train", train_part)
     phase1 = load_phase1(cfg)
-    scores, similarity = retrieval(cfg, "demo/data/test.jsonl", *phase1)
+    scores, similarity = retrieval(cfg, manifest, *phase1)
     results = {
         "whisper_wer": whisper_decoder(cfg, test), "ctc_wer": summary["ctc_error_rate"],
         "llm_wer": summary["error_rate"], "llm_wer_train": train["error_rate"],
         "llm_wer_no_draft": no_draft["error_rate"], "llm_wer_wrong_audio": wrong["error_rate"],
         "retrieval_r1": scores["r1_a2t"], "n_test_utterances": len(rows), "n_test_words": summary["n_units"],
-        "seed": cfg["seed"], "seconds": json.loads((Path(cfg["run"]) / "seconds.json").read_text()),
+        "seed": cfg["seed"],
     }
-    if Path(other).read_text().strip():
-        others, _ = run_infer(cfg, "other", other)
-        results["other_speakers_llm_wer"] = others["error_rate"]
+    if other:
+        results["other_speakers_llm_wer"] = run_infer(cfg, "other", other)[0]["error_rate"]
         results["other_speakers_r1"] = retrieval(cfg, other, *phase1)[0]["r1_a2t"]
-    home = Path("demo") if cfg["run"] == DEFAULTS["run"] else Path(cfg["run"])
-    (home / "results.json").write_text(json.dumps(results, indent=1))
+    results["seconds"] = json.loads((Path(cfg["run"]) / "seconds.json").read_text(encoding="utf-8"))
+    # the first run's results stand at the top of the folder; those of another `run` inside it
+    home = Path(cfg["home"]) if cfg["run"] == f"{cfg['home']}/run" else Path(cfg["run"])
+    (home / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     page = (Path(cfg["run"]) / "test.html").read_text(encoding="utf-8")
-    (home / "transcripts.html").write_text(page.replace('src="../', 'src="') if home == Path("demo") else page)
+    page = page if home == Path(cfg["run"]) else page.replace('src="../', 'src="')
+    (home / "transcripts.html").write_text(page, encoding="utf-8")
     longest = max(rows, key=lambda row: row["duration_s"] if row["duration_s"] < 6 else 0)
     plot_losses(cfg, home / "plots")
     plot_similarity(similarity, home / "plots")
@@ -233,13 +264,14 @@ def main(cfg):
     print_table(results, home)
 
 
-def write_train_part(path, count=100):
-    """Every n-th real training clip: enough to see whether the training texts are learned."""
-    rows = model.read_manifest("demo/data/train_real.jsonl")
+def write_train_part(cfg, count=100):
+    """Manifest of every n-th real training clip: enough to see whether the training texts are learned."""
+    path, rows = Path(cfg["run"]) / "train_part.jsonl", model.read_manifest(f"{cfg['home']}/data/train_real.jsonl")
     keep = rows[:: max(1, len(rows) // count)][:count]
     lines = [json.dumps({k: row[k] for k in ("key", "target")} | {"source": str(Path(row["source"]).resolve())})
              for row in keep]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
 
 
 def print_table(results, home):
@@ -258,24 +290,24 @@ def print_table(results, home):
 
 
 def ablation(cfg):
-    """What phase 1 buys phase 2: equal steps and seed, plain adaptor frames, with LoRA; WER on the held-out clips."""
-    table, base = {}, Path(cfg["run"])
+    """What phase 1 buys phase 2: equal steps and seed, plain adaptor frames, with LoRA; WER on the dev texts."""
+    prepare(cfg)
+    table = {}
     for name, losses in ABLATION.items():
-        variant = cfg | {"run": str(base / "ablation" / name.replace(" + ", "_"))}
-        start = []
+        variant = cfg | {"run": f"{cfg['run']}/ablation/{name.replace(' + ', '_')}"}
+        Path(variant["run"]).mkdir(parents=True, exist_ok=True)
+        start = "init.dir="
         if losses is not None:
-            train_stage(variant, "phase1", "train_phase1.py",
-                        ["configs/demo_phase1.yaml", "optim.max_steps=300", *losses])
-            start = [f"init.dir={Path(variant['run']) / 'phase1'}"]
+            train_stage(variant, "phase1", "train_phase1.py", ["optim.max_steps=300", *losses])
+            start = f"init.dir={variant['run']}/phase1"
         train_stage(variant, "phase2", "train_phase2.py", [
-            "configs/demo_phase2.yaml", "llm.speech=frames", "llm.draft=0", "adaptor.train=true", "init.dir=", *start,
-            "loss.ctc_weight=0", "optim.lr=1e-3", "optim.max_steps=40", "run.valid_every=40"])
-        table[name] = run_infer(variant, "test", "demo/data/test.jsonl", "decode.ctc_weight=0")[0]["error_rate"]
-    (base / "ablation.json").write_text(json.dumps(table, indent=1))
+            start, "llm.speech=frames", "llm.draft=0", "adaptor.train=true", "loss.ctc_weight=0", "optim.lr=1e-3",
+            "optim.max_steps=40", "run.valid_every=40", "augment.feature_noise=0.4"])
+        table[name] = run_infer(variant, "dev", f"{cfg['home']}/data/dev.jsonl")[0]["error_rate"]
+    (Path(cfg["run"]) / "ablation.json").write_text(json.dumps(table, indent=1), encoding="utf-8")
     for name, rate in table.items():
-        print(f"  phase 1: {name:15} phase 2 WER {100 * rate:6.1f} %")
+        print(f"  phase 1: {name:15} phase 2 WER on dev {100 * rate:6.1f} %")
 
 
 if __name__ == "__main__":
-    settings = train_phase1.load_config(sys.argv[1:], DEFAULTS)
-    ablation(settings) if settings["ablation"] else main(settings)
+    train_phase1.run_main(lambda cfg: ablation(cfg) if cfg["ablation"] else main(cfg), DEFAULTS, __doc__)

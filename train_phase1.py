@@ -27,6 +27,7 @@ import os
 import random
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -135,12 +136,16 @@ def load_config(arguments, defaults):
 
 def convert(value, default, where):
     """Bring a YAML value to the type of its default: PyYAML reads 1e-4 as a string and `no` as False."""
+    if value is None and (default is None or default == ""):
+        return default
+    if value is None:
+        raise ValueError(f"{where}: has no value")
     if isinstance(default, list):
         items = value if isinstance(value, list) else [part.strip() for part in str(value).split(",")]
         return [convert(item, default[0], where) for item in items] if default else items
     kind = str if default is ... or default is None else type(default)
-    if value is None or isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return "" if value is None and kind is str else value
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
     try:
         if kind is bool or isinstance(value, (bool, list, dict)) or kind is int and float(value) % 1:
             raise ValueError
@@ -171,7 +176,8 @@ def pick_device(cfg):
     if kind.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no GPU here; use device=cpu, or check the driver with nvidia-smi")
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
+        backend = "nccl" if kind.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=12))  # one rank may have all the work left
     if kind == "cuda":
         kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(kind)
@@ -249,6 +255,8 @@ def read_utterances(specs, cache, tokenizer, normalize, speeds=(1.0,), repeat=(1
     """
     specs = [spec.strip() for spec in specs.split(",") if spec.strip()]
     perturb = [spec.strip() for spec in perturb.split(",") if spec.strip()] or specs
+    if not set(perturb) <= set(specs):
+        raise ValueError(f"data.perturb names {', '.join(set(perturb) - set(specs))}, which data.train does not")
     if len(repeat) not in (1, len(specs)):
         raise ValueError(f"data.repeat has {len(repeat)} numbers for {len(specs)} manifests; give one for each")
     utterances, left_out = [], []
@@ -300,10 +308,15 @@ def epoch_batches(lengths, size, budget, world, seed, epoch):
     order = list(range(len(lengths)))
     rng.shuffle(order)
     pool = 32 * size * world
+    if len(order) < world or max(lengths) > budget:
+        raise ValueError(f"{len(order)} clips, the longest of {max(lengths, default=0)} positions, do not fill {world} "
+                         f"process(es) of {budget} positions: raise batch_tokens, or leave the longest clips out")
+    pools = [order[start : start + pool] for start in range(0, len(order), pool)]
+    if len(pools) > 1 and len(pools[-1]) < world:  # too few for every process to have one
+        pools[-2] += pools.pop()
     batches = []
-    for start in range(0, len(order), pool):
-        by_length = sorted(order[start : start + pool], key=lengths.__getitem__)
-        batches += cut_batches(by_length, lengths, size, budget, world)
+    for part in pools:
+        batches += cut_batches(sorted(part, key=lengths.__getitem__), lengths, size, budget, world)
     rng.shuffle(batches)
     if epoch == 0:
         worst = max(range(len(batches)), key=lambda b: len(batches[b]) * max(lengths[i] for i in batches[b]))
@@ -363,7 +376,10 @@ def open_run(cfg, rank):
             raise ValueError(f"{folder}: already holds a run; give another run.dir, or run.resume=true to go on")
         state = None
     elif last.exists():
-        state = torch.load(last, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(last, map_location="cpu", weights_only=True)
+        except Exception as error:  # torn, or a pickle with code in it: weights_only refuses it
+            raise ValueError(f"{last}: not a checkpoint of this script ({type(error).__name__}); not loaded") from error
         changed = [f"{k}: {v!r} -> {cfg[k]!r}" for k, v in state["config"].items() if k in cfg and cfg[k] != v]
         if rank == 0:
             print(f"resuming at step {state['step']}; changed: {', '.join(changed) or 'nothing'}")
@@ -445,7 +461,7 @@ class Phase1(nn.Module):
     def forward(self, enc, lens, text, text_ids, targets):
         emb, emb_lens, audio = self.pool(enc, lens)
         # every parameter takes part in every loss, whatever its weight, since DDP waits for all of them
-        temperature = self.log_temperature.exp().clamp(0.01, 1.0)
+        temperature = self.log_temperature.exp()
         with torch.autocast(emb.device.type, enabled=False):  # bf16 cosines are off by 0.002, then divided by 0.07
             nce = info_nce(audio, text, text_ids, temperature)
         ctc, impossible = emb.sum() * 0.0, 0
@@ -534,13 +550,16 @@ def main(cfg):
     state = open_run(cfg, rank)
     phase = build(cfg, cache, table, train, device)
     optimizer = make_optimizer(phase, cfg, device)
-    wrapped = nn.parallel.DistributedDataParallel(phase) if world > 1 else phase
+    wrapped = nn.parallel.DistributedDataParallel(phase, broadcast_buffers=False) if world > 1 else phase
     lengths, size, accum = [u["frames"] for u in train], cfg["batch_clips"], cfg["optim.accum"]
     batches = epoch_batches(lengths, size, math.inf, world, cfg["seed"], 0)
     total = cfg["optim.max_steps"] or cfg["optim.epochs"] * len(batches) // accum
     step, epoch, used, best, spent = 0, 0, 0, -math.inf, 0.0
     if state:
-        phase.load_state_dict(state["phase"])
+        try:
+            phase.load_state_dict(state["phase"])
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(f"{cfg['run.dir']}/last.pt does not fit this configuration: {error}") from error
         optimizer.load_state_dict(state["optimizer"])
         step, epoch, used, best, spent = (state[k] for k in ("step", "epoch", "used", "best", "seconds"))
         batches = epoch_batches(lengths, size, math.inf, world, cfg["seed"], epoch)
@@ -583,6 +602,7 @@ def main(cfg):
             window["audio_s"] += sum(u["seconds"] for u in mine)
         grad_norm = nn.utils.clip_grad_norm_(phase.parameters(), cfg["optim.clip"], error_if_nonfinite=True)
         optimizer.step()
+        phase.log_temperature.data.clamp_(math.log(0.01), 0.0)  # as in CLIP: below 0.01 the training is unstable
         optimizer.zero_grad(set_to_none=True)
         step += 1
         bar.update(1)

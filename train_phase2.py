@@ -11,7 +11,7 @@ Speech  llm.speech=frames: the adaptor's output, one LLM position each `adaptor.
         llm.speech=ctc: one position for each token that CTC hears, the posterior-weighted mean of token embeddings;
         a few times fewer positions, already in the LLM's own vocabulary, the better choice with little data.
 Draft   llm.draft: share of training clips whose prompt also carries the CTC 1-best as text. It is read from the same
-        masked and dropped-out forward pass, so that its errors in training resemble those of unseen speech.
+        noisy forward pass (augment.*), so that its errors in training resemble those of unseen speech.
 
 Input   cache of precompute.py, or audio on the fly (data.source=audio, with augmentation); init.dir of phase 1.
 Output  run.dir/adaptor_phase2_final.pt, ctc_head.pt, lora.pt (plain state dicts, best on valid), config.json: all that
@@ -29,6 +29,7 @@ import os
 import random
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -155,12 +156,16 @@ def load_config(arguments, defaults):
 
 def convert(value, default, where):
     """Bring a YAML value to the type of its default: PyYAML reads 1e-4 as a string and `no` as False."""
+    if value is None and (default is None or default == ""):
+        return default
+    if value is None:
+        raise ValueError(f"{where}: has no value")
     if isinstance(default, list):
         items = value if isinstance(value, list) else [part.strip() for part in str(value).split(",")]
         return [convert(item, default[0], where) for item in items] if default else items
     kind = str if default is ... or default is None else type(default)
-    if value is None or isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return "" if value is None and kind is str else value
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
     try:
         if kind is bool or isinstance(value, (bool, list, dict)) or kind is int and float(value) % 1:
             raise ValueError
@@ -191,7 +196,8 @@ def pick_device(cfg):
     if kind.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no GPU here; use device=cpu, or check the driver with nvidia-smi")
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
+        backend = "nccl" if kind.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=12))  # one rank may have all the work left
     if kind == "cuda":
         kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(kind)
@@ -269,6 +275,8 @@ def read_utterances(specs, cache, tokenizer, normalize, speeds=(1.0,), repeat=(1
     """
     specs = [spec.strip() for spec in specs.split(",") if spec.strip()]
     perturb = [spec.strip() for spec in perturb.split(",") if spec.strip()] or specs
+    if not set(perturb) <= set(specs):
+        raise ValueError(f"data.perturb names {', '.join(set(perturb) - set(specs))}, which data.train does not")
     if len(repeat) not in (1, len(specs)):
         raise ValueError(f"data.repeat has {len(repeat)} numbers for {len(specs)} manifests; give one for each")
     utterances, left_out = [], []
@@ -320,10 +328,15 @@ def epoch_batches(lengths, size, budget, world, seed, epoch):
     order = list(range(len(lengths)))
     rng.shuffle(order)
     pool = 32 * size * world
+    if len(order) < world or max(lengths) > budget:
+        raise ValueError(f"{len(order)} clips, the longest of {max(lengths, default=0)} positions, do not fill {world} "
+                         f"process(es) of {budget} positions: raise batch_tokens, or leave the longest clips out")
+    pools = [order[start : start + pool] for start in range(0, len(order), pool)]
+    if len(pools) > 1 and len(pools[-1]) < world:  # too few for every process to have one
+        pools[-2] += pools.pop()
     batches = []
-    for start in range(0, len(order), pool):
-        by_length = sorted(order[start : start + pool], key=lengths.__getitem__)
-        batches += cut_batches(by_length, lengths, size, budget, world)
+    for part in pools:
+        batches += cut_batches(sorted(part, key=lengths.__getitem__), lengths, size, budget, world)
     rng.shuffle(batches)
     if epoch == 0:
         worst = max(range(len(batches)), key=lambda b: len(batches[b]) * max(lengths[i] for i in batches[b]))
@@ -383,7 +396,10 @@ def open_run(cfg, rank):
             raise ValueError(f"{folder}: already holds a run; give another run.dir, or run.resume=true to go on")
         state = None
     elif last.exists():
-        state = torch.load(last, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(last, map_location="cpu", weights_only=True)
+        except Exception as error:  # torn, or a pickle with code in it: weights_only refuses it
+            raise ValueError(f"{last}: not a checkpoint of this script ({type(error).__name__}); not loaded") from error
         changed = [f"{k}: {v!r} -> {cfg[k]!r}" for k, v in state["config"].items() if k in cfg and cfg[k] != v]
         if rank == 0:
             print(f"resuming at step {state['step']}; changed: {', '.join(changed) or 'nothing'}")
@@ -437,6 +453,8 @@ def read_audio_utterances(cfg, specs, tokenizer, encoder, repeat=(1,)):
             utterance = {"key": row["key"], "source": row["source"], "target": target, "ids": ids, "frames": frames,
                          "seconds": seconds} | {k: row[k] for k in ("language", "prompt", "hotwords") if k in row}
             utterances += [utterance] * repeat[number % len(repeat)]
+    if not utterances:
+        raise ValueError(f"{', '.join(specs)}: no usable utterance")
     return utterances, left_out
 
 
@@ -488,7 +506,7 @@ def encoder_batches(utterances, batches, encoder, cfg, device, dtype, epoch, bad
             seed = int(model.hash_text([cfg["seed"], epoch, batch])[:12], 16)
             feats, lens = masking(feats, lens, torch.Generator().manual_seed(seed))
         for index, (_, reason) in zip(batch, items):
-            if reason:
+            if reason and all(row["key"] != utterances[index]["key"] for row in bad):
                 bad.append({"key": utterances[index]["key"], "source": utterances[index]["source"], "reason": reason})
         with torch.no_grad(), autocast(device, dtype):
             enc, enc_lens = encoder(feats.to(device), lens.to(device))
@@ -611,6 +629,17 @@ def trained_state(phase):
     return state | {f"llm.{k}": v.detach() for k, v in model.lora_parameters(phase.llm).items()}
 
 
+def load_trained(phase, state, cfg):
+    """Weights of last.pt; what is missing must be exactly the frozen LLM."""
+    try:
+        missing, unknown = phase.load_state_dict(state["trained"], strict=False)
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"{cfg['run.dir']}/last.pt does not fit this configuration: {error}") from error
+    wrong = [*unknown, *(name for name in missing if not name.startswith("llm.") or "lora_" in name)]
+    if wrong:
+        raise ValueError(f"{cfg['run.dir']}/last.pt does not fit this configuration: {', '.join(wrong[:3])} ...")
+
+
 def save_results(phase, cfg, identity, folder):
     """Plain state dicts and config.json: everything that infer.py needs besides encoder and LLM."""
     parts = {"adaptor_phase2_final.pt": phase.adaptor.state_dict()}
@@ -675,12 +704,11 @@ def main(cfg):
     state = open_run(cfg, rank)
     phase = build(cfg, width, llm, tokenizer, train, device)
     optimizer = make_optimizer(phase, cfg, device)
-    wrapped = nn.parallel.DistributedDataParallel(phase) if world > 1 else phase
+    wrapped = nn.parallel.DistributedDataParallel(phase, broadcast_buffers=False) if world > 1 else phase
     prompt_tokens = sum(len(part) for part in phase.prompts([{}], [None])[0])
     step, epoch, used, best, spent, accum = 0, 0, 0, math.inf, 0.0, cfg["optim.accum"]
     if state:
-        missing, unknown = phase.load_state_dict(state["trained"], strict=False)
-        assert not unknown and all(name.startswith("llm.") and "lora_" not in name for name in missing)
+        load_trained(phase, state, cfg)
         optimizer.load_state_dict(state["optimizer"])
         step, epoch, used, best, spent = (state[k] for k in ("step", "epoch", "used", "best", "seconds"))
     lengths = [-(-u["frames"] // cfg["adaptor.stack"]) + 2 * len(u["ids"]) + prompt_tokens for u in train]
@@ -737,9 +765,11 @@ def main(cfg):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
+        window["steps"] += 1
         bar.update(1)
         last = step == total
         if len(bad) > cfg["data.max_bad"]:
+            write_bad(folder, bad)
             raise ValueError(f"{len(bad)} clips cannot be used, more than data.max_bad={cfg['data.max_bad']}; "
                              f"the last is {bad[-1]['key']}: {bad[-1]['reason']}")
         if rank == 0 and (step % cfg["run.log_every"] == 0 or last):
@@ -764,24 +794,28 @@ def main(cfg):
     bar.close()
     if rank == 0:
         if cache is None:
-            lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in bad]
-            write_atomic(folder / "bad.jsonl", lambda file: file.writelines(lines))
+            write_bad(folder, bad)
         print(f"done: {step} steps, best {best:.4f}, {spent + time.time() - started:.0f} s -> {folder}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
+def write_bad(folder, bad):
+    lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in bad]
+    write_atomic(folder / "bad.jsonl", lambda file: file.writelines(lines))
+
+
 def new_window():
     return {"ce": 0.0, "ctc": 0.0, "right": 0.0, "labels": 0, "clips": 0, "impossible": 0, "tokens": 0, "audio_s": 0.0,
-            "steps_from": time.time()}
+            "steps": 0, "started": time.time()}
 
 
 def log_window(window, cfg, step, total, lr, grad_norm, bad, metrics, writer, bar):
     """One line per interval: losses averaged over the interval."""
     values = {"ce": float(window["ce"]) / window["labels"], "ctc": float(window["ctc"]) / window["clips"],
               "acc": float(window["right"]) / window["labels"], "lr": lr, "grad_norm": grad_norm,
-              "audio_s_per_s": window["audio_s"] / (time.time() - window["steps_from"]),
-              "tokens": window["tokens"] / cfg["run.log_every"], "impossible": window["impossible"], "bad": bad}
+              "audio_s_per_s": window["audio_s"] / (time.time() - window["started"]),
+              "tokens": window["tokens"] / window["steps"], "impossible": window["impossible"], "bad": bad}
     log_metrics(metrics, writer, step, values)
     bar.set_postfix(ce=f"{values['ce']:.3f}", lr=f"{lr:.1e}")
     memory = f" {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
