@@ -12,7 +12,7 @@ A shard is written whole or not at all, and what goes into it is a pure function
 killed at any moment completes to the same bytes when it is started again.
 
 Cost    2 bytes x W a frame: SenseVoice's 512 x 16.7 Hz makes 11 GB of AISHELL-1's 178 h. Never a file per clip.
-Read    the field's usual way is a forward hook, one clip at a time, one .pt file each; `bench.py` compares.
+Source  the field's usual way is a forward hook, one clip at a time and one .pt file each.
 """
 
 import difflib
