@@ -477,14 +477,17 @@ def transcribe(batch, rows, listener, cfg):
         encoder_texts = listener.encoder.ctc_text(enc, enc_lens) if own_ctc else None
         speech, speech_lens, log_probs, emb_lens = model.speech_for_llm(
             listener.adaptor, ctc, enc.float(), enc_lens, listener.settings.get("llm.speech", "frames"))
-        drafts = [None] * len(batch)
+        drafts, counts = [None] * len(batch), [None] * len(batch)
         if ctc is not None:
             paths = model.ctc_greedy(log_probs, emb_lens, ctc.blank)
             drafts = [tokenizer.decode(ctc.tokens(path)).strip() for path in paths]
+            if listener.settings.get("llm.speech") == "ctc":  # then the head is trained, and its count can be trusted
+                counts = [len(path) for path in paths]
         prompts = [make_prompt(rows[piece[0]], draft if listener.draft else None, listener, cfg)
                    for piece, draft in zip(batch, drafts)]
         spliced = model.splice(listener.llm.get_input_embeddings(), prompts, speech, speech_lens, pad_left=True)
-        caps = [cfg["decode.max_new_tokens"] or model.token_cap(end - start) for *_, start, end in batch]
+        caps = [cfg["decode.max_new_tokens"] or model.token_cap(end - start, count)
+                for (*_, start, end), count in zip(batch, counts)]
         answers, _ = model.greedy_decode(listener.llm, spliced, listener.stop_id, caps,
                                          cfg["decode.repetition_penalty"], cfg["decode.no_repeat_ngram_size"])
         if cfg["decode.ctc_weight"] > 0 and ctc is not None:

@@ -977,8 +977,8 @@ def transcript_loss(llm, spliced):
 def greedy_decode(llm, spliced, stop_id, max_new_tokens, repetition_penalty=1.0, no_repeat_ngram_size=0):
     """Greedy decoding from spliced embeddings (left-padded), finished rows dropped on the way.
 
-    Input   max_new_tokens: list with one cap per row (from the clip's duration). A row that repeats its last 1-8
-            tokens 4 times over is cut back to one copy: a loop is never a transcript.
+    Input   max_new_tokens: list with one cap per row (from the clip's duration). A row that repeats itself
+            (cut_loop) is cut back to one copy: a loop is never a transcript.
     Output  (list of id lists without the stop token, list of sums of log-probabilities).
     """
     from transformers import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
@@ -1035,18 +1035,22 @@ def answer_log_probs(llm, prompt, speech, answers, stop_id):
     return torch.zeros(len(answers), device=scores.device).index_add(0, chosen.nonzero()[:, 0], scores)
 
 
-def token_cap(seconds):
-    """Most new tokens for a clip: fast speech has about 8 Chinese characters or 5 English words a second."""
-    return 8 + math.ceil(12 * seconds)
+def token_cap(seconds, ctc_tokens=None):
+    """Most new tokens for a clip: fast speech has about 8 Chinese characters or 5 English words a second.
+
+    Where CTC has counted the tokens it heard, a transcript of half as many again is a runaway, not a correction.
+    """
+    cap = 8 + math.ceil(12 * seconds)
+    return cap if ctc_tokens is None else min(cap, 4 + math.ceil(1.5 * ctc_tokens))
 
 
-def cut_loop(ids, longest=8):
-    """Cut a runaway loop in place: the last n <= 8 ids, repeated 4 times or more, become one copy. True if it did.
+def cut_loop(ids, longest=32):
+    """Cut a runaway loop in place: the last n <= 32 ids, repeated 3 times or more, become one copy. True if it did.
 
     A loop is 16 tokens long at least: "zero zero zero zero" is a phone number.
     """
     for n in range(1, longest + 1):
-        times = max(4, -(-16 // n))
+        times = max(3, -(-16 // n))
         if len(ids) >= n * times and all(ids[-n:] == ids[-n * (k + 1) : -n * k] for k in range(1, times)):
             del ids[len(ids) - n * (times - 1) :]
             return True

@@ -602,12 +602,13 @@ def validate(phase, utterances, load, cfg, device, dtype):
         with autocast(device, dtype):
             speech, speech_lens, prompts, log_probs, emb_lens = phase.listen(enc, lens, batch, [drafted] * len(batch))
             spliced = model.splice(phase.llm.get_input_embeddings(), prompts, speech, speech_lens, pad_left=True)
-            caps = [model.token_cap(u["seconds"]) for u in batch]
+            paths = model.ctc_greedy(log_probs, emb_lens, phase.ctc.blank) if phase.ctc is not None else []
+            counts = [len(path) for path in paths] if phase.cfg["llm.speech"] == "ctc" else [None] * len(batch)
+            caps = [model.token_cap(u["seconds"], count) for u, count in zip(batch, counts)]
             answers, _ = model.greedy_decode(phase.llm, spliced, phase.stop_id, caps)
         said += batch
         heard += [phase.tokenizer.decode(answer).strip() for answer in answers]
-        if log_probs is not None:
-            paths = model.ctc_greedy(log_probs, emb_lens, phase.ctc.blank)
+        if paths:
             read += [phase.tokenizer.decode(phase.ctc.tokens(path)).strip() for path in paths]
     phase.train()
     scores = {"valid_ce": sums[0] / sums[2], "valid_acc": sums[1] / sums[2]}
