@@ -1006,8 +1006,12 @@ def greedy_decode(llm, spliced, stop_id, max_new_tokens, repetition_penalty=1.0,
             if token == stop_id:
                 continue
             answers[row].append(token)
-            if not cut_loop(answers[row]) and len(answers[row]) < max_new_tokens[row]:
+            if cut_loop(answers[row]):
+                continue
+            if len(answers[row]) < max_new_tokens[row]:
                 going.append(slot)
+            else:  # it did not end by itself, so what it said last may well be the start of a loop
+                cut_loop(answers[row], least=2, tokens=2)
         if len(going) < len(alive):
             keep = torch.tensor(going, dtype=torch.long, device=device)
             cache.batch_select_indices(keep)
@@ -1044,13 +1048,14 @@ def token_cap(seconds, ctc_tokens=None):
     return cap if ctc_tokens is None else min(cap, 4 + math.ceil(1.5 * ctc_tokens))
 
 
-def cut_loop(ids, longest=32):
+def cut_loop(ids, longest=32, least=3, tokens=16):
     """Cut a runaway loop in place: the last n <= 32 ids, repeated 3 times or more, become one copy. True if it did.
 
-    A loop is 16 tokens long at least: "zero zero zero zero" is a phone number.
+    A loop is 16 tokens long at least: "zero zero zero zero" is a phone number. A row that ran into its cap is under
+    suspicion: there 2 copies of anything are one too many.
     """
     for n in range(1, longest + 1):
-        times = max(3, -(-16 // n))
+        times = max(least, -(-tokens // n))
         if len(ids) >= n * times and all(ids[-n:] == ids[-n * (k + 1) : -n * k] for k in range(1, times)):
             del ids[len(ids) - n * (times - 1) :]
             return True
