@@ -644,7 +644,8 @@ def ctc_beam_search(log_probs, blank, beam=8):
                 else:
                     add((*prefix, label), 1, total + value)
         beams = dict(sorted(grown.items(), key=lambda item: -np.logaddexp(*item[1]))[:beam])
-    return [(list(prefix), float(np.logaddexp(*ends))) for prefix, ends in beams.items()]
+    scored = [(list(prefix), float(np.logaddexp(*ends))) for prefix, ends in beams.items()]
+    return [(labels, score) for labels, score in scored if score > -math.inf]
 
 
 def ctc_align(log_probs, labels, blank):
@@ -1011,7 +1012,8 @@ def greedy_decode(llm, spliced, stop_id, max_new_tokens, repetition_penalty=1.0,
             if len(answers[row]) < max_new_tokens[row]:
                 going.append(slot)
             else:  # it did not end by itself, so what it said last may well be the start of a loop
-                cut_loop(answers[row], least=2, tokens=2)
+                while cut_loop(answers[row], least=2, tokens=2):
+                    pass
         if len(going) < len(alive):
             keep = torch.tensor(going, dtype=torch.long, device=device)
             cache.batch_select_indices(keep)

@@ -171,7 +171,7 @@ def test_the_draft_is_the_ctc_read_out_as_trained_or_as_asked(world, outcome, mo
 
 def test_prompt_language_and_hotwords_reach_the_prompt(world, monkeypatch, tmp_path):
     calls, wav = recorded_prompts(monkeypatch), world.wavs / "utt000.wav"
-    call(infer, world.dir, wav, 'prompt="Write {language}:"', "language=English", "hotwords=Ada, Bob")
+    call(infer, world.dir, wav, "prompt=Write {language}:", "language=English", "hotwords=Ada, Bob")
     assert calls[-1] | {"draft": None} == {"prompt": "Write {language}:", "draft": None, "language": "English",
                                            "hotwords": ["Ada", "Bob"]}
     row = {"key": "a", "source": str(wav), "target": "", "prompt": "Own:", "language": "en", "hotwords": "Eve, Joe"}

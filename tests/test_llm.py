@@ -276,7 +276,7 @@ STEPS = 10
 @pytest.fixture
 def no_loop_cut(monkeypatch):
     """A random LLM soon repeats itself; these tests compare what comes before any cut."""
-    monkeypatch.setattr(model, "cut_loop", lambda ids: False)
+    monkeypatch.setattr(model, "cut_loop", lambda ids, **_: False)
 
 
 def transformers_generate(llm, spliced, stop, **kwargs):
