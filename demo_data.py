@@ -15,8 +15,7 @@ Output  demo/models/<name>/              Hugging Face layout, float32: whisper-t
 A step whose result exists is skipped; a result appears by renaming, so it is whole or absent.
 
 Needs   Python with requirements.txt; pip; for Debian's packages apt-get and dpkg-deb, not root.
-Takes   on 2 CPU cores 1 minute for the weights, 10 s for the real speech, and for 2500 synthetic clips about 6 minutes
-        (estimated from Piper's 0.05 s per second of speech; cores shared with other work took 13)
+Takes   on 2 CPU cores 1 minute for the weights, 10 s for the real speech, and for 1600 synthetic clips about 5 minutes
         350 MB of downloads, 1.2 GB under demo/
 
 Sources and licences (nothing of this is part of the project; each is fetched by whoever runs the demo)
@@ -29,9 +28,9 @@ Sources and licences (nothing of this is part of the project; each is fetched by
                                                the voice "lessac", whose data has terms of its own
     piper-tts (PyPI)                           GPL-3: a program in its own environment, run as a command
 
-Made    405 train_real, 49 dev, 90 test (360 words), 11 other; 2500 train_synthetic, 1.37 hours. Whisper tiny.en,
+Made    405 train_real, 49 dev, 90 test (360 words), 11 other, 1600 train_synthetic. Of an earlier 2500: Whisper tiny.en,
         numbers and contractions unified: 9 % WER on 30 dev clips, 10 % on 40 synthetic, 7 % on the 11 others.
-        19 % of the dev words never occur in train_real, 7 % never in train_real and train_synthetic.
+        19 % of the dev words never occur in train_real, 7 % never in train_real and those 2500.
 
 Departures, and what to say beside a number
     Weights are the registries' copies: Whisper passed through float16, SmolLM2 through 4 bits, so scores differ
