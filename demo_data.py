@@ -29,8 +29,8 @@ Sources and licences (nothing of this is part of the project; each is fetched by
     piper-tts (PyPI)                           GPL-3: a program in its own environment, run as a command
 
 Made    405 train_real, 49 dev, 90 test (360 words), 11 other, 1600 train_synthetic. Of an earlier 2500:
-        Whisper tiny.en, numbers and contractions unified: 9 % WER on 30 dev clips, 10 % on 40 synthetic, 7 % on the 11 others.
-        19 % of the dev words never occur in train_real, 7 % never in train_real and those 2500.
+        Whisper tiny.en, numbers and contractions unified: 9 % WER on 30 dev clips, 10 % on 40 synthetic, 7 % on the
+        11 others. 19 % of the dev words never occur in train_real, 7 % never in train_real and those 2500.
 
 Departures, and what to say beside a number
     Weights are the registries' copies: Whisper passed through float16, SmolLM2 through 4 bits, so scores differ
