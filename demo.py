@@ -8,9 +8,9 @@
 Runs demo_data.py, precompute.py, train_phase1.py, train_phase2.py and infer.py with configs/demo_*.yaml, each as a user
 would, skips what is already there, and ends with a table.
 Output  demo/results.json, demo/transcripts.html, demo/plots/*.png (of another `run`: inside that folder)
-Table   WER on held-out texts of Whisper tiny.en's own decoder, of our CTC read-out, and of the LLM; with controls:
-        without the CTC draft in the prompt, and without it and with another clip's speech (must be ruined, or the LLM
-        does not listen).
+Table   WER on held-out texts of Whisper tiny.en's own decoder, of our CTC read-out, and of the LLM, which chooses
+        among its own answer and CTC's best ones; with controls: the LLM alone, which hears the speech and sees no CTC
+        text, and the same with another clip's speech (must be ruined, or the LLM does not listen).
 """
 
 import json
@@ -38,7 +38,7 @@ DEFAULTS = {
     "quick": False,  # fewer clips and steps
     "ablation": False,
 }
-QUICK = {"data": ["n_synthetic=120"], "phase1": ["optim.max_steps=60", "run.valid_every=30"],
+QUICK = {"data": ["n_piper=60", "n_flite=60"], "phase1": ["optim.max_steps=60", "run.valid_every=30"],
          "phase2": ["optim.max_steps=4", "run.valid_every=4", "run.valid_decode=8", "optim.warmup_steps=1"]}
 ABLATION = {"InfoNCE + CTC": [], "CTC": ["loss.contrastive_weight=0"], "InfoNCE": ["loss.ctc_weight=0"], "none": None}
 
@@ -235,8 +235,9 @@ def main(cfg):
     manifest = f"{cfg['home']}/data/test.jsonl"
     test, train_part = model.read_manifest(manifest), write_train_part(cfg)
     summary, rows = run_infer(cfg, "test", manifest)
-    no_draft, _ = run_infer(cfg, "test_no_draft", manifest, "draft=false")
-    wrong, _ = run_infer(cfg, "test_wrong_audio", manifest, "draft=false", "control.wrong_audio=true")
+    alone = ["draft=false", "decode.ctc_weight=0"]
+    no_draft, _ = run_infer(cfg, "test_no_draft", manifest, *alone)
+    wrong, _ = run_infer(cfg, "test_wrong_audio", manifest, *alone, "control.wrong_audio=true")
     train, _ = run_infer(cfg, "train", train_part)
     phase1 = load_phase1(cfg)
     scores, similarity = retrieval(cfg, manifest, *phase1)
@@ -264,7 +265,7 @@ def main(cfg):
     print_table(results, home)
 
 
-def write_train_part(cfg, count=100):
+def write_train_part(cfg, count=60):
     """Manifest of every n-th real training clip: enough to see whether the training texts are learned."""
     path, rows = Path(cfg["run"]) / "train_part.jsonl", model.read_manifest(f"{cfg['home']}/data/train_real.jsonl")
     keep = rows[:: max(1, len(rows) // count)][:count]
@@ -276,8 +277,8 @@ def write_train_part(cfg, count=100):
 
 def print_table(results, home):
     rows = [("Whisper tiny.en, own decoder", "whisper_wer"), ("CTC read-out (phase 2's adaptor)", "ctc_wer"),
-            ("LLM", "llm_wer"), ("LLM, no CTC draft in the prompt", "llm_wer_no_draft"),
-            ("LLM, no draft, another clip's speech", "llm_wer_wrong_audio"),
+            ("LLM", "llm_wer"), ("LLM alone, without any CTC text", "llm_wer_no_draft"),
+            ("LLM alone, another clip's speech", "llm_wer_wrong_audio"),
             ("LLM, texts of training", "llm_wer_train"),
             ("LLM, other speakers (11 clips)", "other_speakers_llm_wer")]
     print(f"\n{results['n_test_utterances']} held-out clips, {results['n_test_words']} words, seed {results['seed']}")

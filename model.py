@@ -960,16 +960,44 @@ def splice(embed, prompts, emb, emb_lens, targets=None, pad_left=False):
     }
 
 
-def transcript_loss(llm, spliced):
-    """Cross-entropy of the labels through the LLM, logits on label positions only.
+def shared_prefix(prompts):
+    """How many leading tokens all prompts (list of (before, after) id lists) have in common before the audio."""
+    first, *rest = [before for before, _ in prompts]
+    count = min(len(before) for before, _ in prompts)
+    return next((n for n in range(count) if any(before[n] != first[n] for before in rest)), count)
+
+
+def hidden_states(llm, spliced, shared=0):
+    """Last hidden states of right-padded rows, from position `shared` on: (B, L - shared, D).
+
+    The first `shared` positions, the same in all rows, run once: their keys and values serve every row. Values and
+    gradients are those of the plain pass (tested); with 12 of 30 positions shared a training step takes 0.7 x as long.
+    """
+    from transformers import DynamicCache
+
+    inputs = {k: v for k, v in spliced.items() if k != "labels"}
+    if not shared:
+        return llm.model(**inputs, use_cache=False).last_hidden_state[:, shared:]
+    embeds, positions = inputs["inputs_embeds"], inputs["position_ids"]
+    cache = DynamicCache(config=llm.config)
+    llm.model(inputs_embeds=embeds[:1, :shared], position_ids=positions[:1, :shared], past_key_values=cache,
+              use_cache=True)
+    cache.batch_repeat_interleave(len(embeds))
+    return llm.model(
+        inputs_embeds=embeds[:, shared:], position_ids=positions[:, shared:], past_key_values=cache, use_cache=True,
+        attention_mask=inputs["attention_mask"],
+    ).last_hidden_state
+
+
+def transcript_loss(llm, spliced, shared=0):
+    """Cross-entropy of the labels through the LLM, logits on label positions only; `shared` as in hidden_states.
 
     Output  (sum of CE in nats, number of label tokens, number of them predicted right), all on the device.
     """
-    inputs = {k: v for k, v in spliced.items() if k != "labels"}
-    hidden = llm.model(**inputs, use_cache=False).last_hidden_state  # (B, L, D)
-    labels = spliced["labels"][:, 1:]
+    hidden = hidden_states(llm, spliced, shared)[:, :-1]
+    labels = spliced["labels"][:, shared + 1 :]
     chosen = labels != IGNORE  # position l predicts token l + 1
-    logits = llm.lm_head(hidden[:, :-1][chosen]).float()  # (label tokens, V)
+    logits = llm.lm_head(hidden[chosen]).float()  # (label tokens, V)
     target = labels[chosen]
     return F.cross_entropy(logits, target, reduction="sum"), chosen.sum(), (logits.argmax(-1) == target).sum()
 
@@ -1034,8 +1062,9 @@ def answer_log_probs(llm, prompt, speech, answers, stop_id):
     lens = torch.full((len(answers),), len(speech), device=speech.device)
     targets = [[*answer, stop_id] for answer in answers]
     spliced = splice(llm.get_input_embeddings(), many, speech.expand(len(answers), -1, -1), lens, targets)
-    labels = spliced.pop("labels")[:, 1:]
-    hidden = llm.model(**spliced, use_cache=False).last_hidden_state[:, :-1]  # (N, L - 1, D)
+    shared = len(prompt[0]) + len(speech) + len(prompt[1]) - 1  # all but the last token before the answer
+    labels = spliced["labels"][:, shared + 1 :]
+    hidden = hidden_states(llm, spliced, shared)[:, :-1]
     chosen = labels != IGNORE
     scores = llm.lm_head(hidden[chosen]).float().log_softmax(-1).gather(1, labels[chosen][:, None])[:, 0]
     return torch.zeros(len(answers), device=scores.device).index_add(0, chosen.nonzero()[:, 0], scores)

@@ -545,7 +545,7 @@ class Phase2(nn.Module):
         speech, speech_lens, prompts, log_probs, emb_lens = self.listen(enc, lens, rows, with_draft)
         targets = [[*row, self.stop_id] if row else [] for row in ids]
         spliced = model.splice(self.llm.get_input_embeddings(), prompts, speech, speech_lens, targets)
-        ce, _, right = model.transcript_loss(self.llm, spliced)
+        ce, _, right = model.transcript_loss(self.llm, spliced, model.shared_prefix(prompts))
         ctc, impossible = ce.detach() * 0.0, 0
         if self.cfg["loss.ctc_weight"]:
             ctc, impossible = self.ctc.loss(log_probs, emb_lens, [self.ctc.classes(row) for row in ids])

@@ -6,7 +6,7 @@ import jiwer
 import pytest
 import torch
 import torch.nn.functional as F
-from make_twins import tiny_tokenizer
+from make_twins import qwen3_folder, tiny_tokenizer
 from torch import nn
 
 import model
@@ -246,6 +246,37 @@ def test_loss_of_a_batch_is_the_sum_of_its_rows(llm, tokenizer):
     singles = [model.transcript_loss(llm, row(spliced, i)) for i in range(3)]
     assert total.item() == pytest.approx(sum(s[0].item() for s in singles), rel=1e-5)
     assert int(count) == sum(int(s[1]) for s in singles)
+
+
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_a_shared_prefix_run_once_changes_neither_loss_nor_gradients(tmp_path, lora_r):
+    llm, tokenizer = model.load_llm(str(qwen3_folder(tmp_path / "llm")), lora_r=lora_r)
+    if lora_r:
+        torch.manual_seed(0)
+        for weight in model.lora_parameters(llm).values():
+            torch.nn.init.normal_(weight, std=0.1)
+    prompts = [model.build_prompt(tokenizer, PROMPT, draft) for draft in (None, "a draft", "b")]
+    shared = model.shared_prefix(prompts)
+    assert shared == len(prompts[0][0]) > 3
+    found = []
+    for count in (0, shared):
+        emb = (torch.randn(3, 6, 48, generator=torch.Generator().manual_seed(1)) * 0.2).requires_grad_()
+        targets = [[20, 21, 22, 2], [30, 2], [31, 32, 2]]
+        spliced = model.splice(llm.get_input_embeddings(), prompts, emb, torch.tensor([6, 3, 5]), targets)
+        total, _, right = model.transcript_loss(llm, spliced, count)
+        total.backward()
+        grads = [p.grad.clone() for p in (model.lora_parameters(llm).values() if lora_r else [])]
+        llm.zero_grad()
+        found.append((total.detach(), right, emb.grad, *grads))
+    assert len(found[0]) > 4 or not lora_r
+    for plain, fast in zip(*found):
+        torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_shared_prefix_counts_equal_leading_tokens_only():
+    assert model.shared_prefix([([1, 2, 3], [9]), ([1, 2, 4], [9])]) == 2
+    assert model.shared_prefix([([1, 2], [9]), ([1, 2, 4], [9])]) == 2
+    assert model.shared_prefix([([], [9]), ([1], [9])]) == 0
 
 
 def test_the_adaptor_learns_through_an_llm_that_does_not(llm, tokenizer):
