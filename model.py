@@ -686,6 +686,7 @@ def ctc_soft_speech(log_probs, lens, head):
     embeddings (blank left out). Uncertainty survives: where CTC wavers between two words the LLM gets a mixture.
     Input   log_probs (B, S, C + 1) of a tied head.
     Output  soft (B, K, D), soft_lens (B,), at least 1 (a clip in which CTC hears nothing gives its mean posterior).
+            Rows past soft_lens are zero. Padding, even NaN, never reaches a real row.
     """
     best = log_probs.argmax(-1)  # (B, S)
     real = length_mask(lens, best.shape[1])
@@ -699,7 +700,8 @@ def ctc_soft_speech(log_probs, lens, head):
     soft_lens = starts.sum(1)
     weights = F.one_hot(run, int(soft_lens.max())) * spoken[..., None]  # (B, S, K)
     weights = weights / weights.sum(1, keepdim=True).clamp(min=1)
-    posterior = log_probs[..., : head.blank].softmax(-1)  # (B, S, C), renormalised without the blank
+    scores = log_probs[..., : head.blank].masked_fill(~real[..., None], 0.0)  # a weight of 0 would not stop a NaN
+    posterior = scores.softmax(-1)  # (B, S, C), renormalised without the blank
     mean = torch.einsum("bsk,bsc->bkc", weights.to(posterior.dtype), posterior)
     return mean @ head.table, soft_lens  # (B, K, D)
 

@@ -390,6 +390,21 @@ def test_soft_speech_equals_a_loop_over_runs():
         assert (soft[row, n:] == 0).all()
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])
+def test_garbage_in_the_padding_changes_no_soft_speech(value):
+    head, _ = tied_head()
+    lens = torch.tensor([12, 7, 1])
+    log_probs = (3 * torch.randn(3, 12, 7)).log_softmax(-1)
+    log_probs[2, 0, head.blank] = 5.0  # a clip in which CTC hears nothing
+    soft, soft_lens = model.ctc_soft_speech(log_probs, lens, head)
+    log_probs[1, 7:] = log_probs[2, 1:] = value
+    log_probs.requires_grad_(True)
+    again, again_lens = model.ctc_soft_speech(log_probs, lens, head)
+    assert torch.equal(again, soft) and torch.equal(again_lens, soft_lens)
+    again.sum().backward()
+    assert (log_probs.grad[1, 7:] == 0).all() and log_probs.grad.isfinite().all()
+
+
 def test_a_clip_in_which_ctc_hears_nothing_gives_its_mean_posterior():
     head, _ = tied_head()
     log_probs = random_log_probs(2, 5, 7)
