@@ -490,10 +490,14 @@ class AudioAdaptor(nn.Module):
         self.input_dim, self.stack = input_dim, stack
         self.input_proj = nn.Linear(input_dim * stack, hidden_dim)
         if num_layers:
-            layer = nn.TransformerEncoderLayer(
-                hidden_dim, num_heads, 4 * hidden_dim, dropout, "gelu", batch_first=True, norm_first=pre_norm
-            )
-            self.transformer = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
+            layers = [
+                nn.TransformerEncoderLayer(
+                    hidden_dim, num_heads, 4 * hidden_dim, dropout, "gelu", batch_first=True, norm_first=pre_norm
+                )
+                for _ in range(num_layers)
+            ]
+            self.transformer = nn.TransformerEncoder(layers[0], num_layers, enable_nested_tensor=False)
+            self.transformer.layers = nn.ModuleList(layers)  # its own are copies: all would start with equal weights
         else:
             self.transformer, self.activation = None, nn.Sequential(nn.GELU(), nn.Dropout(dropout))
         self.output_proj = nn.Linear(hidden_dim, output_dim)

@@ -45,6 +45,16 @@ def test_default_size_and_names_are_the_published_ones():
     assert state["output_proj.weight"].shape == (2560, 2048)
 
 
+def test_every_layer_starts_with_weights_of_its_own_and_the_seed_decides_them():
+    state, again, other = (net.state_dict() for net in (small_adaptor(), small_adaptor(), model.AudioAdaptor(**SMALL)))
+    assert all(torch.equal(state[name], again[name]) for name in state)
+    assert not torch.equal(state["input_proj.weight"], other["input_proj.weight"])  # the seed was used up by `again`
+    for name in ("self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight"):
+        first, second = (state[f"transformer.layers.{n}.{name}"] for n in (0, 1))
+        assert not torch.equal(first, second)
+        assert first.std().item() == pytest.approx(second.std().item(), rel=0.2)  # same distribution
+
+
 def by_hand(adaptor, enc, heads=4, pre_norm=False):
     """The published adaptor's computation for one clip, written out from its weights alone."""
     w = adaptor.state_dict()
