@@ -209,10 +209,16 @@ def rank_and_world():
 
 
 def write_atomic(path, write):
-    """Call `write(file)` on a temporary file, fsync, then rename: a kill or a full disk leaves the old file whole."""
+    """Call `write(file)` on a temporary file, fsync, then rename: a kill or a full disk leaves the old file whole.
+
+    No reader looks at a temporary file. What kill -9 leaves of one goes when the same file is next written, which the
+    same command does.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        for left_over in path.parent.glob(f".{path.name}.*.tmp"):
+            left_over.unlink(missing_ok=True)
         with open(temporary, "wb") as file:
             write(file)
             file.flush()

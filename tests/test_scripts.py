@@ -125,6 +125,7 @@ def test_a_killed_precompute_completes_to_the_same_bytes(world, tmp_path, monkey
     def die_on_the_fourth_file(path, write):
         count.append(path)
         if len(count) == 4:
+            path.with_name(f".{path.name}.4711.tmp").write_bytes(b"half a shard")  # what kill -9 leaves
             raise KeyboardInterrupt
         real(path, write)
 
@@ -383,6 +384,14 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
         train_phase1.write_atomic(path, lambda file: torch.save({"step": 2}, file))
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_what_a_kill_left_half_written_goes_with_the_next_write(tmp_path):
+    for name in (".last.pt.4711.tmp", ".other.pt.4711.tmp", ".last.pt.tmp", "last.pt.1.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    train_phase1.write_atomic(tmp_path / "last.pt", lambda file: file.write(b"whole"))
+    kept = [".last.pt.tmp", ".other.pt.4711.tmp", "last.pt", "last.pt.1.tmp"]  # what is not this file's stays
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
 
 
 class Malicious:
