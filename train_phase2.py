@@ -661,11 +661,9 @@ def save_results(phase, cfg, identity, folder):
     write_atomic(folder / "config.json", lambda file: file.write(text.encode()))
 
 
-def stream(train, encoder, cache, cfg, device, dtype, epoch, used, prompt_tokens, bad):
+def stream(train, lengths, encoder, cache, cfg, device, dtype, epoch, used, bad):
     """Endless batches from (epoch, used) on: yields epoch, used, utterances of this process, enc, lens, usable."""
     rank, world = rank_and_world()
-    stack = cfg["adaptor.stack"]
-    lengths = [-(-u["frames"] // stack) + 2 * len(u["ids"]) + prompt_tokens for u in train]
     while True:
         batches = epoch_batches(lengths, cfg["batch_clips"], cfg["batch_tokens"], world, cfg["seed"], epoch)[used:]
         mine = [batch[rank::world] for batch in batches]
@@ -712,13 +710,13 @@ def main(cfg):
     phase = build(cfg, width, llm, tokenizer, train, device)
     optimizer = make_optimizer(phase, cfg, device)
     wrapped = nn.parallel.DistributedDataParallel(phase, broadcast_buffers=False) if world > 1 else phase
-    prompt_tokens = sum(len(part) for part in phase.prompts([{}], [None])[0])
     step, epoch, used, best, spent, accum = 0, 0, 0, math.inf, 0.0, cfg["optim.accum"]
     if state:
         load_trained(phase, state, cfg)
         optimizer.load_state_dict(state["optimizer"])
         step, epoch, used, best, spent = (state[k] for k in ("step", "epoch", "used", "best", "seconds"))
-    lengths = [-(-u["frames"] // cfg["adaptor.stack"]) + 2 * len(u["ids"]) + prompt_tokens for u in train]
+    prompt_tokens = sum(len(part) for part in phase.prompts([{}], [None])[0])
+    lengths = [phase.adaptor.out_lens(u["frames"]) + 2 * len(u["ids"]) + prompt_tokens for u in train]  # 2: the draft
     per_epoch = len(epoch_batches(lengths, cfg["batch_clips"], cfg["batch_tokens"], world, cfg["seed"], 0))
     total = cfg["optim.max_steps"] or cfg["optim.epochs"] * per_epoch // accum
     folder, metrics, writer = Path(cfg["run.dir"]), Path(cfg["run.dir"]) / "metrics.jsonl", None
@@ -735,7 +733,7 @@ def main(cfg):
         return enc, lens
 
     phase.train()
-    batches = stream(train, encoder, cache, cfg, device, dtype, epoch, used, prompt_tokens, bad)
+    batches = stream(train, lengths, encoder, cache, cfg, device, dtype, epoch, used, bad)
     window, started = new_window(), time.time()
     bar = tqdm(total=total, initial=step, unit="step", disable=rank != 0 or None)
     while step < total:
