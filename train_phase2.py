@@ -459,6 +459,9 @@ def read_audio_utterances(cfg, specs, tokenizer, encoder, repeat=(1,)):
             utterance = {"key": row["key"], "source": row["source"], "target": target, "ids": ids, "frames": frames,
                          "seconds": seconds} | {k: row[k] for k in ("language", "prompt", "hotwords") if k in row}
             utterances += [utterance] * repeat[number % len(repeat)]
+    if left_out:
+        first = left_out[0]
+        print(f"{', '.join(specs)}: {len(left_out)} clips left out, first {first['key']}: {first['reason']}")
     if not utterances:
         raise ValueError(f"{', '.join(specs)}: no usable utterance")
     return utterances, left_out
@@ -512,7 +515,7 @@ def encoder_batches(utterances, batches, encoder, cfg, device, dtype, epoch, bad
             seed = int(model.hash_text([cfg["seed"], epoch, batch])[:12], 16)
             feats, lens = masking(feats, lens, torch.Generator().manual_seed(seed))
         for index, (_, reason) in zip(batch, items):
-            if reason and all(row["key"] != utterances[index]["key"] for row in bad):
+            if reason and all(row["source"] != utterances[index]["source"] for row in bad):
                 bad.append({"key": utterances[index]["key"], "source": utterances[index]["source"], "reason": reason})
         with torch.no_grad(), autocast(device, dtype):
             enc, enc_lens = encoder(feats.to(device), lens.to(device))
@@ -592,13 +595,17 @@ def build(cfg, width, llm, tokenizer, train, device):
 
 @torch.no_grad()
 def validate(phase, utterances, load, cfg, device, dtype):
-    """Teacher-forced loss and accuracy on all of valid, greedy error rates on its first run.valid_decode clips."""
+    """Teacher-forced loss and accuracy on all of valid, greedy error rates on its first run.valid_decode clips.
+
+    load: list of utterances -> those of them that could be read, enc (B, T, W), lens (B,); the others are not scored.
+    """
     phase.eval()
     drafted = cfg["llm.draft"] > 0
     sums, said, heard, read = torch.zeros(3), [], [], []
     for start in range(0, len(utterances), 16):
-        batch = utterances[start : start + 16]
-        enc, lens = load(batch)
+        batch, enc, lens = load(utterances[start : start + 16])
+        if not batch:
+            continue
         enc, lens = enc.to(device), lens.to(device)
         with autocast(device, dtype):
             ce, right, _, _, _ = phase(enc, lens, batch, [u["ids"] for u in batch], [drafted] * len(batch))
@@ -617,6 +624,8 @@ def validate(phase, utterances, load, cfg, device, dtype):
         if paths:
             read += [phase.tokenizer.decode(phase.ctc.tokens(path)).strip() for path in paths]
     phase.train()
+    if not sums[2]:
+        raise ValueError(f"{cfg['data.valid']}: not one of its clips could be read")
     scores = {"valid_ce": sums[0] / sums[2], "valid_acc": sums[1] / sums[2]}
     references = [u["target"] for u in said]
     if said:
@@ -702,7 +711,7 @@ def main(cfg):
         width, identity = encoder.width, {f"encoder.{key}": value for key, value in encoder.identity.items()}
         train, bad = read_audio_utterances(cfg, cfg["data.train"], tokenizer, encoder, cfg["data.repeat"])
         valid, bad_valid = read_audio_utterances(cfg, cfg["data.valid"], tokenizer, encoder)
-        bad += bad_valid
+        bad += [row for row in bad_valid if all(row["source"] != known["source"] for known in bad)]
     else:
         raise ValueError(f"data.source: expected cache or audio, got {cfg['data.source']!r}")
     identity["llm.weights"] = llm.identity["weights"]
@@ -727,10 +736,11 @@ def main(cfg):
 
     def load_valid(utterances):
         if cache is not None:
-            return load_frames(utterances, cache, cfg)
-        enc, lens, _ = next(encoder_batches(utterances, [list(range(len(utterances)))], encoder, cfg, device, dtype,
-                                            None, bad))
-        return enc, lens
+            return utterances, *load_frames(utterances, cache, cfg)
+        enc, lens, usable = next(encoder_batches(utterances, [list(range(len(utterances)))], encoder, cfg, device,
+                                                 dtype, None, bad))
+        kept = [i for i, good in enumerate(usable) if good]
+        return [utterances[i] for i in kept], enc[kept], lens[kept]
 
     phase.train()
     batches = stream(train, lengths, encoder, cache, cfg, device, dtype, epoch, used, bad)
@@ -773,10 +783,6 @@ def main(cfg):
         window["steps"] += 1
         bar.update(1)
         last = step == total
-        if len(bad) > cfg["data.max_bad"]:
-            write_bad(folder, bad)
-            raise ValueError(f"{len(bad)} clips cannot be used, more than data.max_bad={cfg['data.max_bad']}; "
-                             f"the last is {bad[-1]['key']}: {bad[-1]['reason']}")
         if rank == 0 and (step % cfg["run.log_every"] == 0 or last):
             log_window(window, cfg, step, total, lr, grad_norm, len(bad), metrics, writer, bar)
             window = new_window()
@@ -791,6 +797,14 @@ def main(cfg):
                 if score < best:
                     save_results(phase, cfg, identity, folder)
             best = min(best, score)
+        if len(bad) > cfg["data.max_bad"]:
+            write_bad(folder, bad)  # as this process knows them; the others are in the next step already
+            raise ValueError(f"{len(bad)} clips cannot be used, more than data.max_bad={cfg['data.max_bad']}; "
+                             f"the last is {bad[-1]['key']}: {bad[-1]['reason']}")
+        if cache is None and (step % cfg["run.save_every"] == 0 or last):
+            named = all_bad(bad)
+            if rank == 0:
+                write_bad(folder, named)
         if rank == 0 and (step % cfg["run.save_every"] == 0 or last):
             state = {"format": 1, "trained": trained_state(phase), "optimizer": optimizer.state_dict(), "step": step,
                      "epoch": epoch, "used": used, "best": best, "config": cfg,
@@ -798,11 +812,17 @@ def main(cfg):
             write_atomic(folder / "last.pt", lambda file, state=state: torch.save(state, file))
     bar.close()
     if rank == 0:
-        if cache is None:
-            write_bad(folder, bad)
         print(f"done: {step} steps, best {best:.4f}, {spent + time.time() - started:.0f} s -> {folder}")
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def all_bad(bad):
+    """Rows of clips that could not be used, of all processes, each file once."""
+    parts = [bad] * rank_and_world()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(parts, bad)
+    return list({row["source"]: row for part in parts for row in part}.values())
 
 
 def write_bad(folder, bad):
@@ -817,8 +837,9 @@ def new_window():
 
 def log_window(window, cfg, step, total, lr, grad_norm, bad, metrics, writer, bar):
     """One line per interval: losses averaged over the interval."""
-    values = {"ce": float(window["ce"]) / window["labels"], "ctc": float(window["ctc"]) / window["clips"],
-              "acc": float(window["right"]) / window["labels"], "lr": lr, "grad_norm": grad_norm,
+    labels, clips = max(1, window["labels"]), max(1, window["clips"])  # 0 if no clip of the interval could be read
+    values = {"ce": float(window["ce"]) / labels, "ctc": float(window["ctc"]) / clips,
+              "acc": float(window["right"]) / labels, "lr": lr, "grad_norm": grad_norm,
               "audio_s_per_s": window["audio_s"] / (time.time() - window["started"]),
               "tokens": window["tokens"] / window["steps"], "impossible": window["impossible"], "bad": bad}
     log_metrics(metrics, writer, step, values)

@@ -213,6 +213,67 @@ def test_phase_2_trains_from_audio_with_bad_clips_among_them(world, tmp_path):
     assert named == BAD
 
 
+def late_bad_manifest(folder, bad=("bad1", "bad2"), good=2):
+    """Clips whose header is sound and whose samples are not, before good ones: they show only when they are read."""
+    folder.mkdir()
+    wave, names = make_twins.spoken(["one", "two"]), [*bad, *(f"good{n}" for n in range(good))]
+    for name in names:
+        samples = np.where(np.arange(len(wave)) == 7, np.nan, wave) if name in bad else wave
+        soundfile.write(folder / f"{name}.wav", samples, 16000, subtype="FLOAT")
+    rows = [json.dumps({"key": name, "source": f"{name}.wav", "target": "one two"}) for name in names]
+    (folder / "manifest.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    return folder / "manifest.jsonl"
+
+
+def from_audio(world, train, valid, *arguments):
+    shared = [a for a in world["phase2"] if not a.startswith(("data.train", "data.valid", "cache.dir"))]
+    return [*shared, f"data.train={train}", f"data.valid={valid}", world["encoder"], "data.source=audio", "workers=0",
+            *arguments]
+
+
+def bad_keys(folder):
+    return [json.loads(line)["key"] for line in (folder / "bad.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_bad_clip_of_valid_is_named_and_not_scored(world, tmp_path):
+    both = late_bad_manifest(tmp_path / "both")
+    good = late_bad_manifest(tmp_path / "good", bad=())
+    for name, valid in (("with", both), ("without", good)):
+        call(train_phase2, *from_audio(world, world["manifest"], valid, "optim.max_steps=2", "loss.ctc_weight=0.3",
+                                       f"run.dir={tmp_path / name}"))
+    assert bad_keys(tmp_path / "with") == ["bad1", "bad2"] and bad_keys(tmp_path / "without") == []
+    scores = [metrics(tmp_path / name)[-1] for name in ("with", "without")]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5) and {"valid_ce", "er", "ctc_er"} <= scores[0].keys()
+    only_bad = late_bad_manifest(tmp_path / "only", good=0)
+    with pytest.raises(ValueError, match="manifest.jsonl: not one of its clips could be read"):
+        call(train_phase2, *from_audio(world, world["manifest"], only_bad, "optim.max_steps=1",
+                                       f"run.dir={tmp_path / 'r'}"))
+
+
+def test_bad_clips_of_valid_count_towards_max_bad(world, tmp_path):
+    valid = late_bad_manifest(tmp_path / "v")
+    with pytest.raises(ValueError, match="2 clips cannot be used, more than data.max_bad=1; the last is bad2: .*NaN"):
+        call(train_phase2, *from_audio(world, world["manifest"], valid, "optim.max_steps=4", "data.max_bad=1",
+                                       f"run.dir={tmp_path / 'r'}"))
+    assert bad_keys(tmp_path / "r") == ["bad1", "bad2"]
+
+
+def test_steps_without_one_readable_clip_do_not_end_the_run(world, tmp_path):
+    train = late_bad_manifest(tmp_path / "t")
+    call(train_phase2, *from_audio(world, train, world["manifest"], "batch_clips=1", "optim.max_steps=4",
+                                   "run.log_every=1", "loss.ctc_weight=0.3", f"run.dir={tmp_path / 'r'}"))
+    losses = [row["ce"] for row in metrics(tmp_path / "r") if "ce" in row]
+    assert len(losses) == 4 and losses.count(0.0) == 2 and all(map(math.isfinite, losses))
+    assert sorted(bad_keys(tmp_path / "r")) == ["bad1", "bad2"]
+
+
+def test_bad_clips_of_all_processes_are_named(world, tmp_path):
+    train = late_bad_manifest(tmp_path / "t", good=0, bad=("a", "b", "c", "d"))
+    torchrun(2, "train_phase2.py", *from_audio(world, train, world["manifest"], "batch_clips=1", "optim.max_steps=2",
+                                               f"run.dir={tmp_path / 'r'}", "device=cpu"))
+    assert sorted(bad_keys(tmp_path / "r")) == ["a", "b", "c", "d"]
+
+
 # ---- losses and schedules ---------------------------------------------------------------------------------------
 
 
