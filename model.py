@@ -573,7 +573,10 @@ class CTCHead(nn.Module):
         return torch.cat([tokens, blank.to(tokens.dtype)], dim=-1).float().log_softmax(-1)
 
     def classes(self, ids):
-        """Token ids of the LLM -> classes of this head; ids that the head does not have are left out."""
+        """Token ids of the LLM -> classes of this head; ids that the head does not have are left out.
+
+        Training prints how many those are, since nothing else would show them.
+        """
         if not hasattr(self, "class_of"):
             self.class_of = {token: index for index, token in enumerate(self.token_ids.tolist())}
         return [self.class_of[token] for token in ids if token in self.class_of]

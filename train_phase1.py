@@ -664,7 +664,9 @@ def print_start(cfg, phase, train, valid, total, device, dtype, world):
           f"{cfg['batch_clips']} x {world} x {cfg['optim.accum']} clips, {cfg['batch_clips'] * world} candidates each")
     print(f"trainable: {', '.join(f'{name} {size:,}' for name, size in sizes.items())}; frozen: the LLM's embeddings")
     if phase.ctc is not None:
-        print(f"CTC over {phase.ctc.blank} tokens and a blank")
+        ids = [token for u in valid for token in u["ids"]]
+        print(f"CTC over {phase.ctc.blank} tokens and a blank; {len(ids) - len(phase.ctc.classes(ids))} of {len(ids)} "
+              "valid tokens have no CTC class, so that it cannot read them")
     print(f"device {device}, autocast {dtype}, torch {torch.__version__}, seed {cfg['seed']}", flush=True)
 
 

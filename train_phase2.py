@@ -857,6 +857,10 @@ def print_start(cfg, phase, train, valid, total, device, dtype, world, identity)
     for name, part in phase.named_children():
         trains = sum(p.numel() for p in part.parameters() if p.requires_grad)
         print(f"  {name}: {trains:,} trainable, {sum(p.numel() for p in part.parameters()) - trains:,} frozen")
+    for name, rows in (("train", train), ("valid", valid)) if phase.ctc is not None else ():
+        ids = [token for u in rows for token in u["ids"]]
+        print(f"  {len(ids) - len(phase.ctc.classes(ids))} of {len(ids)} {name} tokens have no CTC class: CTC neither "
+              "learns nor reads them")
     before, after = phase.prompts([{}], [None])[0]
     print(f"prompt: {phase.tokenizer.decode(before)!r} SPEECH {phase.tokenizer.decode(after)!r}")
     print(f"encoder {identity['encoder.name']}, LLM {cfg['llm.name']}, device {device}, {dtype}, "

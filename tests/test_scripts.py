@@ -487,6 +487,25 @@ def test_a_damaged_adaptor_is_refused_by_name(world, tmp_path, monkeypatch, kind
     assert not (tmp_path / "pwned").exists()
 
 
+def test_tokens_without_a_ctc_class_are_counted_once_at_the_start(world, tmp_path, capsys, qwen3_folder):
+    rows = [json.loads(line) for line in world["manifest"].read_text(encoding="utf-8").splitlines()]
+    rows = [row | {"source": str(world["manifest"].parent / row["source"])} for row in rows]
+    few = tmp_path / "few.jsonl"
+    few.write_text("\n".join(map(json.dumps, rows[:2])), encoding="utf-8")
+    tokenizer = model.load_embedding(qwen3_folder)[1]
+    ids = [model.text_to_ids(tokenizer, row["target"]) for row in rows]
+    unknown = sum(token not in {*ids[0], *ids[1]} for row in ids for token in row)
+    assert unknown > 0
+    said = f"{unknown} of {sum(map(len, ids))} {{}} tokens have no CTC class"
+    one, two = ([a for a in world[phase] if not a.startswith("data.train")] for phase in ("phase1", "phase2"))
+    call(train_phase1, *one, f"data.train={few}", "loss.ctc_weight=1", "optim.max_steps=1", f"run.dir={tmp_path / '1'}")
+    assert capsys.readouterr().out.count(said.format("valid")) == 1
+    call(train_phase2, *two, f"data.train={world['manifest']}", f"init.dir={tmp_path / '1'}", "loss.ctc_weight=1",
+         "optim.max_steps=1", f"run.dir={tmp_path / '2'}")
+    output = capsys.readouterr().out
+    assert said.format("train") in output and said.format("valid") in output
+
+
 def test_soft_speech_without_a_trained_ctc_head_is_refused(world, tmp_path):
     with pytest.raises(ValueError, match="need a trained CTC head"):
         call(train_phase2, *world["phase2"], "llm.speech=ctc", f"run.dir={tmp_path}")
