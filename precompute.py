@@ -181,8 +181,9 @@ def write_atomic(path, write):
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(f"{path}: could not be written ({error.strerror}); what was there before is whole") from error
+        if isinstance(error, (OSError, RuntimeError)):  # torch.save makes a RuntimeError of a disk that fills up
+            reason = getattr(error, "strerror", None) or f"{error}; is the disk full?"
+            raise OSError(f"{path}: could not be written ({reason}); what was there before is whole") from error
         raise
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -445,6 +446,22 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
         train_phase1.write_atomic(path, lambda file: torch.save({"step": 2}, file))
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.parametrize("write", [lambda file: torch.save({"a": torch.zeros(10**6)}, file),
+                                   lambda file: np.save(file, np.zeros(10**6)),
+                                   lambda file: file.write(b"0" * 10**6)], ids=["torch", "numpy", "bytes"])
+def test_a_disk_that_fills_up_while_saving_is_named(tmp_path, write):
+    path = tmp_path / "shard.npy"
+    path.write_bytes(b"whole")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))  # the write fails half way, as on a full disk
+    try:
+        with pytest.raises(OSError, match="shard.npy: could not be written .*(too large|disk full).*before is whole"):
+            train_phase1.write_atomic(path, write)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("shard.npy", b"whole")]
 
 
 def test_what_a_kill_left_half_written_goes_with_the_next_write(tmp_path):
