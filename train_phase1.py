@@ -91,10 +91,12 @@ class UniqueKeyLoader(yaml.SafeLoader):
     """YAML loader that refuses a key given twice; PyYAML itself silently keeps the last."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(f"{node.start_mark.name}:{node.start_mark.line + 1}: key {key!r} is given twice")
+        seen = []
+        for key_node, _ in node.value:
+            key, mark = self.construct_object(key_node, deep=True), key_node.start_mark
+            if key in seen:
+                raise ValueError(f"{mark.name}:{mark.line + 1}: key {key!r} is given twice")
+            seen.append(key)
         return super().construct_mapping(node, deep)
 
 
@@ -104,7 +106,8 @@ def load_config(arguments, defaults):
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if equals:
-            text = isinstance(defaults.get(key.strip()), str) or not value  # text stays as typed: YAML minds colons
+            # text stays as typed, required keys are text too: YAML minds colons and reads 007 as 7
+            text = isinstance(defaults.get(key.strip()), str | type(...)) or not value
             given.append((f"argument {argument}", key.strip(), value if text else yaml.safe_load(value)))
             continue
         if not Path(argument).is_file():
@@ -120,6 +123,8 @@ def load_config(arguments, defaults):
                 dotted = f"{prefix}{name}"
                 if isinstance(value, dict):
                     stack.append((f"{dotted}.", value))
+                elif any((where, key) == (argument, dotted) for where, key, _ in given):
+                    raise ValueError(f"{argument}: key {dotted!r} is given twice")  # in a section, and spelt with dots
                 else:
                     given.append((argument, dotted, value))
     config = dict(defaults)
@@ -354,6 +359,8 @@ def load_frames(utterances, cache, cfg, seed=None):
 
 def learning_rate(step, total, cfg):
     """Linear warm-up over steps 0..warmup-1, then cosine to 0 or constant: a pure function of the step."""
+    if cfg["optim.schedule"] not in ("cosine", "constant"):
+        raise ValueError(f"optim.schedule: expected cosine or constant, got {cfg['optim.schedule']!r}")
     warmup = cfg["optim.warmup_steps"]
     if step < warmup:
         return cfg["optim.lr"] * (step + 1) / warmup
@@ -527,6 +534,8 @@ def build(cfg, cache, table, train, device):
         cache.width, table.shape[1], cfg["adaptor.hidden_dim"], cfg["adaptor.num_layers"], cfg["adaptor.num_heads"],
         cfg["adaptor.dropout"], cfg["adaptor.stack"], cfg["adaptor.pre_norm"], model.embedding_rms(table))
     ctc = None
+    if cfg["ctc.vocab"] not in ("train", "all"):
+        raise ValueError(f"ctc.vocab: expected train or all, got {cfg['ctc.vocab']!r}")
     if cfg["loss.ctc_weight"]:
         seen = sorted({token for u in train for token in u["ids"]})
         ctc = model.CTCHead(table.shape[1], embedding=table, token_ids=seen if cfg["ctc.vocab"] == "train" else None)

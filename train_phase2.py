@@ -48,8 +48,8 @@ DEFAULTS = {
     "data.train": ...,  # manifests, separated by commas
     "data.valid": ...,
     "data.repeat": [1],  # how often each training manifest counts per epoch, one number for each
-    "data.perturb": "",  # manifests that data.speed applies to; empty: all of data.train
-    "data.speed": [1.0],  # cache: copies to use; audio: factors to draw from
+    "data.perturb": "",  # cache: manifests that data.speed applies to; empty: all of data.train
+    "data.speed": [1.0],  # cache: copies to use; audio: factors to draw from, for all of data.train
     "data.normalize": True,  # train on normalised text (lower case, no punctuation), as scoring does
     "data.max_s": 30.0,  # audio: longer training clips are left out and counted
     "data.max_bad": 100,  # audio: stop when more clips than this cannot be read
@@ -111,10 +111,12 @@ class UniqueKeyLoader(yaml.SafeLoader):
     """YAML loader that refuses a key given twice; PyYAML itself silently keeps the last."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(f"{node.start_mark.name}:{node.start_mark.line + 1}: key {key!r} is given twice")
+        seen = []
+        for key_node, _ in node.value:
+            key, mark = self.construct_object(key_node, deep=True), key_node.start_mark
+            if key in seen:
+                raise ValueError(f"{mark.name}:{mark.line + 1}: key {key!r} is given twice")
+            seen.append(key)
         return super().construct_mapping(node, deep)
 
 
@@ -124,7 +126,8 @@ def load_config(arguments, defaults):
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if equals:
-            text = isinstance(defaults.get(key.strip()), str) or not value  # text stays as typed: YAML minds colons
+            # text stays as typed, required keys are text too: YAML minds colons and reads 007 as 7
+            text = isinstance(defaults.get(key.strip()), str | type(...)) or not value
             given.append((f"argument {argument}", key.strip(), value if text else yaml.safe_load(value)))
             continue
         if not Path(argument).is_file():
@@ -140,6 +143,8 @@ def load_config(arguments, defaults):
                 dotted = f"{prefix}{name}"
                 if isinstance(value, dict):
                     stack.append((f"{dotted}.", value))
+                elif any((where, key) == (argument, dotted) for where, key, _ in given):
+                    raise ValueError(f"{argument}: key {dotted!r} is given twice")  # in a section, and spelt with dots
                 else:
                     given.append((argument, dotted, value))
     config = dict(defaults)
@@ -374,6 +379,8 @@ def load_frames(utterances, cache, cfg, seed=None):
 
 def learning_rate(step, total, cfg):
     """Linear warm-up over steps 0..warmup-1, then cosine to 0 or constant: a pure function of the step."""
+    if cfg["optim.schedule"] not in ("cosine", "constant"):
+        raise ValueError(f"optim.schedule: expected cosine or constant, got {cfg['optim.schedule']!r}")
     warmup = cfg["optim.warmup_steps"]
     if step < warmup:
         return cfg["optim.lr"] * (step + 1) / warmup
@@ -440,6 +447,10 @@ def read_audio_utterances(cfg, specs, tokenizer, encoder, repeat=(1,)):
     import soundfile
 
     specs, utterances, left_out = [spec.strip() for spec in specs.split(",") if spec.strip()], [], []
+    if cfg["data.perturb"]:
+        raise ValueError("data.perturb needs data.source=cache; from audio, data.speed applies to all of data.train")
+    if len(repeat) not in (1, len(specs)):
+        raise ValueError(f"data.repeat has {len(repeat)} numbers for {len(specs)} manifests; give one for each")
     for number, spec in enumerate(specs):
         for row in model.read_manifest(spec):
             target = row["target"].strip()

@@ -74,13 +74,40 @@ def test_yaml_sections_dotted_keys_and_arguments_share_one_spelling(tmp_path):
     (NEEDED + "optim: {epochs: 2.5}\n", "expected int, got 2.5"),
     (NEEDED + "run.resume: 1\n", "run.resume: expected bool, got 1"),
     (NEEDED + "batch_clips: true\n", "batch_clips: expected int, got True"),
-    (NEEDED + "seed: 1\nseed: 2\n", "c.yaml:.* key 'seed' is given twice"),
+    (NEEDED + "seed: 1\nseed: 2\n", "c.yaml:6: key 'seed' is given twice"),
+    (NEEDED + "optim: {lr: 1, lr: 2}\n", "c.yaml:5: key 'lr' is given twice"),
+    (NEEDED + "optim: {lr: 1}\noptim.lr: 2\n", "c.yaml: key 'optim.lr' is given twice"),
+    (NEEDED + "optim.lr: 2\noptim: {lr: 1}\n", "c.yaml: key 'optim.lr' is given twice"),
     ("cache.dir: c\n", "required key not given: data.train, data.valid, llm.name, run.dir"),
     ("- a\n", "expected `section:`"),
 ])
 def test_a_wrong_configuration_is_refused_with_its_name(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         load(tmp_path, text)
+
+
+def test_text_on_the_command_line_stays_as_typed(tmp_path):
+    config = load(tmp_path, NEEDED, "run.dir=007", "data.train=2026-11-21 # a", "data.perturb=1e3")
+    assert (config["run.dir"], config["data.train"], config["data.perturb"]) == ("007", "2026-11-21 # a", "1e3")
+
+
+@pytest.mark.parametrize(("phase", "argument", "message"), [
+    ("phase1", "optim.schedule=linear", "optim.schedule: expected cosine or constant, got 'linear'"),
+    ("phase1", "ctc.vocab=every", "ctc.vocab: expected train or all, got 'every'"),
+    ("phase1", "data.repeat=1,2", "data.repeat has 2 numbers for 1 manifests"),
+    ("phase1", "data.perturb=other.jsonl", "data.perturb names other.jsonl, which data.train does not"),
+    ("phase1", "dtype=fp16", "dtype: expected one of fp32, bf16, auto, got 'fp16'"),
+    ("phase2", "llm.speech=frame", "llm.speech is frames or ctc"),
+    ("phase2", "data.source=disk", "data.source: expected cache or audio, got 'disk'"),
+    ("audio", "data.repeat=1,2", "data.repeat has 2 numbers for 1 manifests"),
+    ("audio", "data.perturb=m.jsonl", "data.perturb needs data.source=cache"),
+])
+def test_a_value_that_means_nothing_is_refused(world, tmp_path, phase, argument, message):
+    script = train_phase1 if phase == "phase1" else train_phase2
+    arguments = world["phase1" if phase == "phase1" else "phase2"]
+    arguments = [*arguments, "data.source=audio", world["encoder"]] if phase == "audio" else arguments
+    with pytest.raises(ValueError, match=message):
+        call(script, *arguments, "optim.max_steps=1", f"run.dir={tmp_path / 'r'}", argument)
 
 
 def test_an_absent_config_file_is_named():
