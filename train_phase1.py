@@ -13,6 +13,7 @@ Two losses, each with a weight, on cached encoder outputs:
 Input   cache of `precompute.py` (cache.dir), manifests with the same keys, the LLM's embedding table and tokenizer.
 Output  run.dir/adaptor_cached.pt  plain state dict of the adaptor at its best validation score
         run.dir/ctc_head.pt        plain state dict of the CTC head (if loss.ctc_weight > 0)
+        run.dir/identity.json      the encoder and LLM that they belong to; train_phase2.py refuses others
         run.dir/last.pt            everything that resuming needs; run.dir/metrics.jsonl and TensorBoard events
 Papers  InfoNCE arXiv:1807.03748, as in CLIP arXiv:2103.00020; CTC Graves et al. 2006.
 Logged  loss (weighted sum, nats), nce and ctc (nats per clip), r1_a2t / r1_t2a / r5_* (share of held-out clips whose
@@ -377,7 +378,15 @@ def make_optimizer(module, cfg, device):
     return torch.optim.AdamW(groups, lr=cfg["optim.lr"], betas=(0.9, 0.98), fused=device.type == "cuda")
 
 
-def open_run(cfg, rank):
+def check_identity(found, identity, path):
+    """Encoder and LLM must be those that `path` was trained with: others of the same width give noise, not an error."""
+    differing = [key for key, value in identity.items() if not key.endswith(".name") and found.get(key, value) != value]
+    if differing:
+        then = ", ".join(f"{key}={found[key]}, now {identity[key]}" for key in differing)
+        raise ValueError(f"{path}: belongs to another encoder or LLM ({then}); give the cache and the LLM of then")
+
+
+def open_run(cfg, rank, identity):
     """Make run.dir, or open it again to resume. Output: content of last.pt, or None.
 
     A folder with results in it is refused unless run.resume is set: two runs would mix their files.
@@ -392,9 +401,10 @@ def open_run(cfg, rank):
     elif last.exists():
         try:
             state = torch.load(last, map_location="cpu", weights_only=True)
-        except Exception as error:  # torn, or a pickle with code in it: weights_only refuses it
+            changed = [f"{k}: {v!r} -> {cfg[k]!r}" for k, v in state["config"].items() if k in cfg and cfg[k] != v]
+        except Exception as error:  # torn, something else, or a pickle with code in it: weights_only refuses it
             raise ValueError(f"{last}: not a checkpoint of this script ({type(error).__name__}); not loaded") from error
-        changed = [f"{k}: {v!r} -> {cfg[k]!r}" for k, v in state["config"].items() if k in cfg and cfg[k] != v]
+        check_identity(state.get("identity", {}), identity, last)
         if rank == 0:
             print(f"resuming at step {state['step']}; changed: {', '.join(changed) or 'nothing'}")
     else:
@@ -542,8 +552,9 @@ def build(cfg, cache, table, train, device):
     return Phase1(adaptor, ctc, cfg["loss.temperature"]).to(device)
 
 
-def save_results(phase, folder):
-    """The plain state dicts that train_phase2.py and others load."""
+def save_results(phase, identity, folder):
+    """The plain state dicts that train_phase2.py and others load, and which encoder and LLM they belong to."""
+    write_atomic(folder / "identity.json", lambda file: file.write(json.dumps(identity, indent=1).encode()))
     write_atomic(folder / "adaptor_cached.pt", lambda file: torch.save(phase.adaptor.state_dict(), file))
     if phase.ctc is not None:
         write_atomic(folder / "ctc_head.pt", lambda file: torch.save(phase.ctc.state_dict(), file))
@@ -558,12 +569,14 @@ def main(cfg):
         raise ValueError(f"{cfg['cache.dir']}: was made with adaptor.keep_query_frames="
                          f"{cache.identity.get('encoder.query_frames', False)}; give the same here")
     table, tokenizer = model.load_embedding(cfg["llm.name"])
+    identity = {k: v for k, v in cache.identity.items() if k.startswith("encoder.")}
+    identity |= {"llm.weights": model.hash_tensors({"embed": table.bfloat16()})}  # as model.load_llm has it
     table = table.to(device)
     train = read_utterances(cfg["data.train"], cache, tokenizer, cfg["data.normalize"], cfg["data.speed"],
                             cfg["data.repeat"], cfg["data.perturb"])
     valid = read_utterances(cfg["data.valid"], cache, tokenizer, cfg["data.normalize"])
     names = {target: n for n, target in enumerate(sorted({u["target"] for u in train}))}
-    state = open_run(cfg, rank)
+    state = open_run(cfg, rank, identity)
     phase = build(cfg, cache, table, train, device)
     optimizer = make_optimizer(phase, cfg, device)
     wrapped = nn.parallel.DistributedDataParallel(phase, broadcast_buffers=False) if world > 1 else phase
@@ -635,12 +648,12 @@ def main(cfg):
                 for utterance, text in list(zip(valid, read))[:3]:
                     tqdm.write(f"    {utterance['target']!r} read as {text!r}")
                 if score > best:
-                    save_results(phase, folder)
+                    save_results(phase, identity, folder)
             best = max(best, score)
         if rank == 0 and (step % cfg["run.save_every"] == 0 or last):
             state = {"format": 1, "phase": phase.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                      "epoch": epoch, "used": used, "best": best, "config": cfg,
-                     "seconds": spent + time.time() - started}
+                     "identity": identity, "seconds": spent + time.time() - started}
             write_atomic(folder / "last.pt", lambda file, state=state: torch.save(state, file))
     bar.close()
     if rank == 0:

@@ -397,7 +397,15 @@ def make_optimizer(module, cfg, device):
     return torch.optim.AdamW(groups, lr=cfg["optim.lr"], betas=(0.9, 0.98), fused=device.type == "cuda")
 
 
-def open_run(cfg, rank):
+def check_identity(found, identity, path):
+    """Encoder and LLM must be those that `path` was trained with: others of the same width give noise, not an error."""
+    differing = [key for key, value in identity.items() if not key.endswith(".name") and found.get(key, value) != value]
+    if differing:
+        then = ", ".join(f"{key}={found[key]}, now {identity[key]}" for key in differing)
+        raise ValueError(f"{path}: belongs to another encoder or LLM ({then}); give the cache and the LLM of then")
+
+
+def open_run(cfg, rank, identity):
     """Make run.dir, or open it again to resume. Output: content of last.pt, or None.
 
     A folder with results in it is refused unless run.resume is set: two runs would mix their files.
@@ -412,9 +420,10 @@ def open_run(cfg, rank):
     elif last.exists():
         try:
             state = torch.load(last, map_location="cpu", weights_only=True)
-        except Exception as error:  # torn, or a pickle with code in it: weights_only refuses it
+            changed = [f"{k}: {v!r} -> {cfg[k]!r}" for k, v in state["config"].items() if k in cfg and cfg[k] != v]
+        except Exception as error:  # torn, something else, or a pickle with code in it: weights_only refuses it
             raise ValueError(f"{last}: not a checkpoint of this script ({type(error).__name__}); not loaded") from error
-        changed = [f"{k}: {v!r} -> {cfg[k]!r}" for k, v in state["config"].items() if k in cfg and cfg[k] != v]
+        check_identity(state.get("identity", {}), identity, last)
         if rank == 0:
             print(f"resuming at step {state['step']}; changed: {', '.join(changed) or 'nothing'}")
     else:
@@ -727,7 +736,10 @@ def main(cfg):
     else:
         raise ValueError(f"data.source: expected cache or audio, got {cfg['data.source']!r}")
     identity["llm.weights"] = llm.identity["weights"]
-    state = open_run(cfg, rank)
+    state = open_run(cfg, rank, identity)
+    origin = Path(cfg["init.dir"]) / "identity.json"
+    if cfg["init.dir"] and origin.is_file():  # beside an adaptor from elsewhere there is none
+        check_identity(json.loads(origin.read_text(encoding="utf-8")), identity, origin)
     phase = build(cfg, width, llm, tokenizer, train, device)
     optimizer = make_optimizer(phase, cfg, device)
     wrapped = nn.parallel.DistributedDataParallel(phase, broadcast_buffers=False) if world > 1 else phase

@@ -550,6 +550,46 @@ def test_tokens_without_a_ctc_class_are_counted_once_at_the_start(world, tmp_pat
     assert said.format("train") in output and said.format("valid") in output
 
 
+@pytest.mark.parametrize(("script", "extra"), [(train_phase1, PHASE1), (train_phase2, PHASE2)], ids=["one", "two"])
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name(world, tmp_path, script, extra, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = [*world["phase1" if script is train_phase1 else "phase2"], *extra, "optim.max_steps=2"]
+    last = tmp_path / "r" / "last.pt"
+    call(script, *arguments, "run.dir=r")
+    good, bytes_ = torch.load(last, weights_only=True), last.read_bytes()
+    name = "phase" if script is train_phase1 else "trained"
+    lacking = good | {name: {k: v for k, v in good[name].items() if k != "adaptor.norm.bias"}}
+    other = good | {"identity": good["identity"] | {"encoder.weights": "abc"}}
+    cases = [(Malicious(), "not a checkpoint of this script"), (good[name], r"not a checkpoint.*\(KeyError\)"),
+             (lacking, "does not fit this configuration: .*adaptor.norm.bias"),
+             (other, "belongs to another encoder or LLM .encoder.weights=abc, now ")]
+    for content, message in cases:
+        torch.save(content, last)
+        with pytest.raises(ValueError, match=f"(?s)last.pt.*{message}"):
+            call(script, *arguments, "run.dir=r", "run.resume=true")
+    assert not (tmp_path / "pwned").exists()
+    last.write_bytes(bytes_[:3000])
+    with pytest.raises(ValueError, match="last.pt: not a checkpoint of this script"):
+        call(script, *arguments, "run.dir=r", "run.resume=true")
+    last.write_bytes(bytes_)
+    with pytest.raises(ValueError, match="(?s)last.pt does not fit this configuration.*size mismatch"):
+        call(script, *arguments, "run.dir=r", "run.resume=true", "adaptor.hidden_dim=16")
+    with pytest.raises(ValueError, match="r: already holds a run; give another run.dir, or run.resume=true"):
+        call(script, *arguments, "run.dir=r")
+
+
+def test_phase_2_refuses_a_phase_1_of_another_encoder_or_llm(world, tmp_path):
+    call(train_phase1, *world["phase1"], "optim.max_steps=1", f"run.dir={tmp_path / '1'}")
+    arguments = [*world["phase2"], f"init.dir={tmp_path / '1'}", "optim.max_steps=1"]
+    call(train_phase2, *arguments, f"run.dir={tmp_path / '2'}")
+    encoder, llm = make_twins.whisper_folder(tmp_path / "e", seed=1), make_twins.qwen3_folder(tmp_path / "l", seed=1)
+    cache = [f"data.train={world['manifest']}", f"cache.dir={tmp_path / 'c'}"]
+    call(precompute, *cache, f"encoder.name={encoder}", "workers=0")
+    for other, key in ((cache[1], "encoder.weights"), (f"llm.name={llm}", "llm.weights")):
+        with pytest.raises(ValueError, match=f"identity.json: belongs to another encoder or LLM .{key}="):
+            call(train_phase2, *arguments, other, f"run.dir={tmp_path / key}")
+
+
 def test_soft_speech_without_a_trained_ctc_head_is_refused(world, tmp_path):
     with pytest.raises(ValueError, match="need a trained CTC head"):
         call(train_phase2, *world["phase2"], "llm.speech=ctc", f"run.dir={tmp_path}")
