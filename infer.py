@@ -358,7 +358,7 @@ def cut_segments(spans, limit):
 def header_seconds(path):
     try:
         return soundfile.info(path).duration
-    except (RuntimeError, OSError):  # the clip's own turn to be read will say what is wrong with it
+    except (RuntimeError, OSError, TypeError):  # the clip's own turn to be read will say what is wrong with it
         return 0.0
 
 

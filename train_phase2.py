@@ -33,6 +33,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import soundfile
 import torch
 import torch.distributed as dist
 import yaml
@@ -451,10 +452,16 @@ def log_metrics(path, writer, step, values):
 # ---- audio on the fly -------------------------------------------------------------------------------------------
 
 
+def header_seconds(path, sample_rate):
+    """Duration by the file's header; where that cannot be read, AudioError says what is wrong."""
+    try:
+        return soundfile.info(path).duration
+    except (RuntimeError, OSError, TypeError):  # TypeError: headerless .raw
+        return len(model.load_audio(path, sample_rate)) / sample_rate
+
+
 def read_audio_utterances(cfg, specs, tokenizer, encoder, repeat=(1,)):
     """Manifests -> utterances with `source`, without a cache; lengths come from the files' headers."""
-    import soundfile
-
     specs, utterances, left_out = [spec.strip() for spec in specs.split(",") if spec.strip()], [], []
     if cfg["data.perturb"]:
         raise ValueError("data.perturb needs data.source=cache; from audio, data.speed applies to all of data.train")
@@ -467,12 +474,12 @@ def read_audio_utterances(cfg, specs, tokenizer, encoder, repeat=(1,)):
                 target = model.normalize_text(target)
             ids = model.text_to_ids(tokenizer, target)
             try:
-                seconds = soundfile.info(row["source"]).duration
+                seconds = header_seconds(row["source"], encoder.sample_rate)
                 reason = "" if ids else "empty transcript"
                 if not 0.1 <= seconds <= cfg["data.max_s"]:
-                    reason = f"{seconds:.2f} s is outside 0.1..data.max_s"
-            except (RuntimeError, OSError) as error:
-                reason = f"{row['source']}: {error}"
+                    reason = f"{seconds:.2f} s is outside 0.1..data.max_s ({cfg['data.max_s']:g})"
+            except model.AudioError as error:
+                reason = str(error)
             if reason:
                 left_out.append({"key": row["key"], "source": row["source"], "reason": reason})
                 continue
