@@ -259,7 +259,8 @@ def encode_shard(clips, encoder, cfg, device, dtype, bar):
     outputs, index, first = [], [], 0
     while loaded:
         batch = [loaded.pop()]
-        while loaded and (len(batch) + 1) * batch[0][2] <= cfg["batch_s"]:
+        longest = 30.0 if cfg["encoder.pad_to_30s"] else batch[0][2]
+        while loaded and (len(batch) + 1) * longest <= cfg["batch_s"]:
             batch.append(loaded.pop())
         lens = torch.tensor([len(feats) for _, feats, _ in batch])
         feats = torch.nn.utils.rnn.pad_sequence([feats for _, feats, _ in batch], batch_first=True)  # (B, T, F)
