@@ -903,14 +903,15 @@ def build_prompt(tokenizer, prompt, draft=None, language=None, hotwords=(), syst
     `system | user: prompt AUDIO [draft] | assistant:` is rendered with the tokenizer's own chat template (thinking
     off) and cut at the audio.
     Input   prompt: instruction; `{language}` in it is replaced. draft: a first transcript to be corrected, or None
-            for none. hotwords: names that may occur. system: system text ("" for an empty one, None for the
-            template's default).
+            for none. hotwords: names that may occur, a list or one string with commas. system: system text ("" for
+            an empty one, None for the template's default).
     Output  (before, after): token ids on either side of the audio.
     """
     if "{language}" in prompt:
         prompt = prompt.replace("{language}", language or "")
-    if hotwords:
-        prompt = ("热词列表：[{}]\n" if is_cjk(prompt[:1]) else "Hotwords: [{}]\n").format(", ".join(hotwords)) + prompt
+    hotwords = re.split(r"[,，]\s*", hotwords) if isinstance(hotwords, str) else map(str, hotwords)
+    if names := ", ".join(filter(None, hotwords)):
+        prompt = ("热词列表：[{}]\n" if is_cjk(prompt[:1]) else "Hotwords: [{}]\n").format(names) + prompt
     prompt, draft = prompt.replace(AUDIO_MARK, ""), draft and draft.replace(AUDIO_MARK, "")
     user = prompt + AUDIO_MARK + ("" if draft is None else f"\n{draft}")
     messages = [{"role": "system", "content": system}] if system is not None else []
