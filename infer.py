@@ -307,7 +307,8 @@ def swap_speech(rows, seed):
 class Recordings(torch.utils.data.Dataset):
     """row -> (pieces, seconds, reason): audio is read, cut and made features of in worker processes.
 
-    pieces  list of (features (T, F), start_s, end_s), more than one only for long audio.
+    pieces  list of (features (T, F), start_s, end_s), more than one only for long audio. The features are arrays: each
+            tensor from a worker holds a file descriptor, and an hour has more pieces than a process may have open.
     """
 
     def __init__(self, rows, encoder, threshold_s):
@@ -321,11 +322,12 @@ class Recordings(torch.utils.data.Dataset):
         try:
             wave = model.load_audio(row["speech"], rate)
             if len(wave) <= self.threshold_s * rate:
-                return [(self.encoder.features(wave, row["key"]), 0.0, len(wave) / rate)], len(wave) / rate, ""
+                return [(self.encoder.features(wave, row["key"]).numpy(), 0.0, len(wave) / rate)], len(wave) / rate, ""
             limit = int(self.threshold_s * rate)
             spans = cut_segments(speech_spans(wave, rate, self.threshold_s), limit)
-            pieces = [(self.encoder.features(wave[first:end], f"{row['key']}#{number}"), first / rate, end / rate)
-                      for number, (first, end) in enumerate(spans) if end - first >= 0.1 * rate]
+            named = [(f"{row['key']}#{n}", *span) for n, span in enumerate(spans) if span[1] - span[0] >= 0.1 * rate]
+            pieces = [(self.encoder.features(wave[first:end], name).numpy(), first / rate, end / rate)
+                      for name, first, end in named]
             return pieces, len(wave) / rate, ""
         except model.AudioError as error:
             return [], 0.0, str(error)
@@ -370,7 +372,7 @@ def read_batches(rows, encoder, cfg, clips, bad):
     """
     order = sorted(range(len(rows)), key=lambda i: (-header_seconds(rows[i]["speech"]), i))
     loader = torch.utils.data.DataLoader(
-        Recordings([rows[i] for i in order], encoder, cfg["vad.threshold_s"]), batch_size=None,
+        Recordings([rows[i] for i in order], encoder, cfg["vad.threshold_s"]), batch_size=None, collate_fn=tuple,
         num_workers=cfg["workers"], multiprocessing_context="fork" if cfg["workers"] else None,
     )
     batch, longest = [], 0.0
@@ -387,7 +389,7 @@ def read_batches(rows, encoder, cfg, clips, bad):
             if batch and longest * (len(batch) + 1) > cfg["data.batch_s"]:
                 yield batch
                 batch, longest = [], padded
-            batch.append((index, number, feats, start, end))
+            batch.append((index, number, torch.from_numpy(feats), start, end))
     if batch:
         yield batch
 
@@ -470,11 +472,10 @@ def read_draft(cfg, trained_share):
 
 def make_prompt(row, draft, listener, cfg):
     """The prompt of training with what the user or the row says in its place."""
-    hotwords = cfg["hotwords"] or row.get("hotwords") or []
-    hotwords = re.split(r"[,，]\s*", hotwords) if isinstance(hotwords, str) else map(str, hotwords)
     return model.build_prompt(
         listener.tokenizer, cfg["prompt"] or row.get("prompt") or listener.settings.get("llm.prompt", ""), draft,
-        cfg["language"] or row.get("language"), list(hotwords), listener.settings.get("llm.system"))
+        cfg["language"] or row.get("language"), cfg["hotwords"] or row.get("hotwords") or (),
+        listener.settings.get("llm.system"))
 
 
 @torch.no_grad()
