@@ -166,6 +166,19 @@ def test_a_killed_precompute_completes_to_the_same_bytes(world, tmp_path, monkey
     assert bytes_of(tmp_path) == bytes_of(world["cache"])
 
 
+def test_a_batch_of_clips_padded_to_30_s_counts_30_s_each(world, tmp_path, monkeypatch):
+    real, sizes = model.WhisperEncoder.forward, []
+
+    def forward(self, feats, lens):
+        sizes.append(len(feats))
+        return real(self, feats, lens)
+
+    monkeypatch.setattr(model.WhisperEncoder, "forward", forward)
+    call(precompute, f"data.train={world['manifest']}", f"cache.dir={tmp_path}", world["encoder"], "workers=0",
+         "encoder.pad_to_30s=true", "batch_s=60")
+    assert sizes == [2] * 6
+
+
 def test_two_processes_write_the_same_cache_as_one(world, tmp_path):
     torchrun(2, "precompute.py", f"data.train={world['manifest']}", f"cache.dir={tmp_path}", world["encoder"],
              "workers=0", "cache.shard_clips=5", "device=cpu")
@@ -619,16 +632,33 @@ def test_a_run_in_which_nothing_trains_is_refused(world, tmp_path):
         call(train_phase2, *world["phase2"], "adaptor.train=false", f"run.dir={tmp_path}")
 
 
-def test_empty_and_impossible_transcripts_are_counted_not_fatal(world, tmp_path, capsys):
+@pytest.mark.parametrize("script", [train_phase1, train_phase2], ids=["one", "two"])
+def test_empty_and_impossible_transcripts_are_counted_not_fatal(world, tmp_path, capsys, script):
     rows = [json.loads(line) for line in world["manifest"].read_text(encoding="utf-8").splitlines()]
     rows = [row | {"source": str(world["manifest"].parent / row["source"])} for row in rows]
     rows[0]["target"], rows[1]["target"] = "", "one two three four " * 40
     manifest = tmp_path / "m.jsonl"
     manifest.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    arguments = [a for a in world["phase1"] if not a.startswith("data.train")]
-    call(train_phase1, *arguments, f"data.train={manifest}", "loss.ctc_weight=1", "optim.max_steps=6",
+    arguments = [a for a in world["phase1" if script is train_phase1 else "phase2"] if not a.startswith("data.train")]
+    call(script, *arguments, f"data.train={manifest}", "loss.ctc_weight=1", "optim.max_steps=6",
          f"run.dir={tmp_path / 'r'}")
     assert "1 clips left out, first utt000: empty transcript" in capsys.readouterr().out
     rows = metrics(tmp_path / "r")
     assert sum(row.get("impossible", 0) for row in rows) >= 1
-    assert all(math.isfinite(row["loss"]) for row in rows if "loss" in row)
+    losses = [row["ctc"] for row in rows if "ctc" in row]
+    assert len(losses) == 3 and all(map(math.isfinite, losses))
+
+
+def test_bf16_autocast_trains_fp32_weights_to_nearly_the_same_losses(world, tmp_path):
+    """The dtypes of a GPU run, on the CPU."""
+    for dtype in ("fp32", "bf16"):
+        folder = tmp_path / dtype
+        shared = [f"dtype={dtype}", "optim.max_steps=2", "run.log_every=1", "adaptor.dropout=0", "loss.ctc_weight=0.3"]
+        call(train_phase1, *world["phase1"], *shared, f"run.dir={folder / '1'}")
+        call(train_phase2, *world["phase2"], *shared, f"init.dir={tmp_path / 'fp32' / '1'}", "llm.lora.r=2",
+             "llm.draft=0.5", "llm.speech=ctc", f"run.dir={folder / '2'}")
+        for part in ("1", "2"):
+            assert {value.dtype for value in weights_of(folder / part).values()} <= {torch.float32, torch.int64}
+    for part, names in (("1", ("nce", "ctc")), ("2", ("ce", "ctc"))):
+        for exact, rounded in zip(metrics(tmp_path / "fp32" / part)[:2], metrics(tmp_path / "bf16" / part)[:2]):
+            assert [exact[name] for name in names] == pytest.approx([rounded[name] for name in names], rel=0.03)
