@@ -179,6 +179,8 @@ def pick_device(cfg):
     kind = cfg["device"]
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu or cuda, got {kind!r}")
     if kind.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no GPU here; use device=cpu, or check the driver with nvidia-smi")
     if "RANK" in os.environ and not dist.is_initialized():

@@ -98,6 +98,7 @@ def test_text_on_the_command_line_stays_as_typed(tmp_path):
     ("phase1", "data.repeat=1,2", "data.repeat has 2 numbers for 1 manifests"),
     ("phase1", "data.perturb=other.jsonl", "data.perturb names other.jsonl, which data.train does not"),
     ("phase1", "dtype=fp16", "dtype: expected one of fp32, bf16, auto, got 'fp16'"),
+    ("phase1", "device=gpu", "device: expected auto, cpu or cuda, got 'gpu'"),
     ("phase2", "llm.speech=frame", "llm.speech is frames or ctc"),
     ("phase2", "data.source=disk", "data.source: expected cache or audio, got 'disk'"),
     ("audio", "data.repeat=1,2", "data.repeat has 2 numbers for 1 manifests"),
