@@ -107,10 +107,12 @@ class UniqueKeyLoader(yaml.SafeLoader):
     """YAML loader that refuses a key given twice; PyYAML itself silently keeps the last."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(f"{node.start_mark.name}:{node.start_mark.line + 1}: key {key!r} is given twice")
+        seen = []
+        for key_node, _ in node.value:
+            key, mark = self.construct_object(key_node, deep=True), key_node.start_mark
+            if key in seen:
+                raise ValueError(f"{mark.name}:{mark.line + 1}: key {key!r} is given twice")
+            seen.append(key)
         return super().construct_mapping(node, deep)
 
 
@@ -120,7 +122,8 @@ def load_config(arguments, defaults):
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if equals:
-            text = isinstance(defaults.get(key.strip()), str) or not value  # text stays as typed: YAML minds colons
+            # text stays as typed, required keys are text too: YAML minds colons and reads 007 as 7
+            text = isinstance(defaults.get(key.strip()), str | type(...)) or not value
             given.append((f"argument {argument}", key.strip(), value if text else yaml.safe_load(value)))
             continue
         if not Path(argument).is_file():
@@ -136,6 +139,8 @@ def load_config(arguments, defaults):
                 dotted = f"{prefix}{name}"
                 if isinstance(value, dict):
                     stack.append((f"{dotted}.", value))
+                elif any((where, key) == (argument, dotted) for where, key, _ in given):
+                    raise ValueError(f"{argument}: key {dotted!r} is given twice")  # in a section, and spelt with dots
                 else:
                     given.append((argument, dotted, value))
     config = dict(defaults)
@@ -189,6 +194,8 @@ def pick_device(cfg):
     kind = cfg["device"]
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu or cuda, got {kind!r}")
     if kind.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no GPU here; use device=cpu, or check the driver with nvidia-smi")
     if "RANK" in os.environ and not dist.is_initialized():
@@ -209,10 +216,16 @@ def rank_and_world():
 
 
 def write_atomic(path, write):
-    """Call `write(file)` on a temporary file, fsync, then rename: a kill or a full disk leaves the old file whole."""
+    """Call `write(file)` on a temporary file, fsync, then rename: a kill or a full disk leaves the old file whole.
+
+    No reader looks at a temporary file. What kill -9 leaves of one goes when the same file is next written, which the
+    same command does.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        for left_over in path.parent.glob(f".{path.name}.*.tmp"):
+            left_over.unlink(missing_ok=True)
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
@@ -220,8 +233,9 @@ def write_atomic(path, write):
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(f"{path}: could not be written ({error.strerror}); what was there before is whole") from error
+        if isinstance(error, (OSError, RuntimeError)):  # torch.save makes a RuntimeError of a disk that fills up
+            reason = getattr(error, "strerror", None) or f"{error}; is the disk full?"
+            raise OSError(f"{path}: could not be written ({reason}); what was there before is whole") from error
         raise
 
 
@@ -295,7 +309,8 @@ def swap_speech(rows, seed):
 class Recordings(torch.utils.data.Dataset):
     """row -> (pieces, seconds, reason): audio is read, cut and made features of in worker processes.
 
-    pieces  list of (features (T, F), start_s, end_s), more than one only for long audio.
+    pieces  list of (features (T, F), start_s, end_s), more than one only for long audio. The features are arrays: each
+            tensor from a worker holds a file descriptor, and an hour has more pieces than a process may have open.
     """
 
     def __init__(self, rows, encoder, threshold_s):
@@ -309,11 +324,12 @@ class Recordings(torch.utils.data.Dataset):
         try:
             wave = model.load_audio(row["speech"], rate)
             if len(wave) <= self.threshold_s * rate:
-                return [(self.encoder.features(wave, row["key"]), 0.0, len(wave) / rate)], len(wave) / rate, ""
+                return [(self.encoder.features(wave, row["key"]).numpy(), 0.0, len(wave) / rate)], len(wave) / rate, ""
             limit = int(self.threshold_s * rate)
             spans = cut_segments(speech_spans(wave, rate, self.threshold_s), limit)
-            pieces = [(self.encoder.features(wave[first:end], f"{row['key']}#{number}"), first / rate, end / rate)
-                      for number, (first, end) in enumerate(spans) if end - first >= 0.1 * rate]
+            named = [(f"{row['key']}#{n}", *span) for n, span in enumerate(spans) if span[1] - span[0] >= 0.1 * rate]
+            pieces = [(self.encoder.features(wave[first:end], name).numpy(), first / rate, end / rate)
+                      for name, first, end in named]
             return pieces, len(wave) / rate, ""
         except model.AudioError as error:
             return [], 0.0, str(error)
@@ -346,7 +362,7 @@ def cut_segments(spans, limit):
 def header_seconds(path):
     try:
         return soundfile.info(path).duration
-    except (RuntimeError, OSError):  # the clip's own turn to be read will say what is wrong with it
+    except (RuntimeError, OSError, TypeError):  # the clip's own turn to be read will say what is wrong with it
         return 0.0
 
 
@@ -358,7 +374,7 @@ def read_batches(rows, encoder, cfg, clips, bad):
     """
     order = sorted(range(len(rows)), key=lambda i: (-header_seconds(rows[i]["speech"]), i))
     loader = torch.utils.data.DataLoader(
-        Recordings([rows[i] for i in order], encoder, cfg["vad.threshold_s"]), batch_size=None,
+        Recordings([rows[i] for i in order], encoder, cfg["vad.threshold_s"]), batch_size=None, collate_fn=tuple,
         num_workers=cfg["workers"], multiprocessing_context="fork" if cfg["workers"] else None,
     )
     batch, longest = [], 0.0
@@ -375,7 +391,7 @@ def read_batches(rows, encoder, cfg, clips, bad):
             if batch and longest * (len(batch) + 1) > cfg["data.batch_s"]:
                 yield batch
                 batch, longest = [], padded
-            batch.append((index, number, feats, start, end))
+            batch.append((index, number, torch.from_numpy(feats), start, end))
     if batch:
         yield batch
 
@@ -458,11 +474,10 @@ def read_draft(cfg, trained_share):
 
 def make_prompt(row, draft, listener, cfg):
     """The prompt of training with what the user or the row says in its place."""
-    hotwords = cfg["hotwords"] or row.get("hotwords") or []
-    hotwords = re.split(r"[,，]\s*", hotwords) if isinstance(hotwords, str) else map(str, hotwords)
     return model.build_prompt(
         listener.tokenizer, cfg["prompt"] or row.get("prompt") or listener.settings.get("llm.prompt", ""), draft,
-        cfg["language"] or row.get("language"), list(hotwords), listener.settings.get("llm.system"))
+        cfg["language"] or row.get("language"), cfg["hotwords"] or row.get("hotwords") or (),
+        listener.settings.get("llm.system"))
 
 
 @torch.no_grad()

@@ -490,10 +490,14 @@ class AudioAdaptor(nn.Module):
         self.input_dim, self.stack = input_dim, stack
         self.input_proj = nn.Linear(input_dim * stack, hidden_dim)
         if num_layers:
-            layer = nn.TransformerEncoderLayer(
-                hidden_dim, num_heads, 4 * hidden_dim, dropout, "gelu", batch_first=True, norm_first=pre_norm
-            )
-            self.transformer = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
+            layers = [
+                nn.TransformerEncoderLayer(
+                    hidden_dim, num_heads, 4 * hidden_dim, dropout, "gelu", batch_first=True, norm_first=pre_norm
+                )
+                for _ in range(num_layers)
+            ]
+            self.transformer = nn.TransformerEncoder(layers[0], num_layers, enable_nested_tensor=False)
+            self.transformer.layers = nn.ModuleList(layers)  # its own are copies: all would start with equal weights
         else:
             self.transformer, self.activation = None, nn.Sequential(nn.GELU(), nn.Dropout(dropout))
         self.output_proj = nn.Linear(hidden_dim, output_dim)
@@ -569,7 +573,10 @@ class CTCHead(nn.Module):
         return torch.cat([tokens, blank.to(tokens.dtype)], dim=-1).float().log_softmax(-1)
 
     def classes(self, ids):
-        """Token ids of the LLM -> classes of this head; ids that the head does not have are left out."""
+        """Token ids of the LLM -> classes of this head; ids that the head does not have are left out.
+
+        Training prints how many those are, since nothing else would show them.
+        """
         if not hasattr(self, "class_of"):
             self.class_of = {token: index for index, token in enumerate(self.token_ids.tolist())}
         return [self.class_of[token] for token in ids if token in self.class_of]
@@ -686,6 +693,7 @@ def ctc_soft_speech(log_probs, lens, head):
     embeddings (blank left out). Uncertainty survives: where CTC wavers between two words the LLM gets a mixture.
     Input   log_probs (B, S, C + 1) of a tied head.
     Output  soft (B, K, D), soft_lens (B,), at least 1 (a clip in which CTC hears nothing gives its mean posterior).
+            Rows past soft_lens are zero. Padding, even NaN, never reaches a real row.
     """
     best = log_probs.argmax(-1)  # (B, S)
     real = length_mask(lens, best.shape[1])
@@ -699,7 +707,8 @@ def ctc_soft_speech(log_probs, lens, head):
     soft_lens = starts.sum(1)
     weights = F.one_hot(run, int(soft_lens.max())) * spoken[..., None]  # (B, S, K)
     weights = weights / weights.sum(1, keepdim=True).clamp(min=1)
-    posterior = log_probs[..., : head.blank].softmax(-1)  # (B, S, C), renormalised without the blank
+    scores = log_probs[..., : head.blank].masked_fill(~real[..., None], 0.0)  # a weight of 0 would not stop a NaN
+    posterior = scores.softmax(-1)  # (B, S, C), renormalised without the blank
     mean = torch.einsum("bsk,bsc->bkc", weights.to(posterior.dtype), posterior)
     return mean @ head.table, soft_lens  # (B, K, D)
 
@@ -894,14 +903,15 @@ def build_prompt(tokenizer, prompt, draft=None, language=None, hotwords=(), syst
     `system | user: prompt AUDIO [draft] | assistant:` is rendered with the tokenizer's own chat template (thinking
     off) and cut at the audio.
     Input   prompt: instruction; `{language}` in it is replaced. draft: a first transcript to be corrected, or None
-            for none. hotwords: names that may occur. system: system text ("" for an empty one, None for the
-            template's default).
+            for none. hotwords: names that may occur, a list or one string with commas. system: system text ("" for
+            an empty one, None for the template's default).
     Output  (before, after): token ids on either side of the audio.
     """
     if "{language}" in prompt:
         prompt = prompt.replace("{language}", language or "")
-    if hotwords:
-        prompt = ("热词列表：[{}]\n" if is_cjk(prompt[:1]) else "Hotwords: [{}]\n").format(", ".join(hotwords)) + prompt
+    hotwords = re.split(r"[,，]\s*", hotwords) if isinstance(hotwords, str) else map(str, hotwords)
+    if names := ", ".join(filter(None, hotwords)):
+        prompt = ("热词列表：[{}]\n" if is_cjk(prompt[:1]) else "Hotwords: [{}]\n").format(names) + prompt
     prompt, draft = prompt.replace(AUDIO_MARK, ""), draft and draft.replace(AUDIO_MARK, "")
     user = prompt + AUDIO_MARK + ("" if draft is None else f"\n{draft}")
     messages = [{"role": "system", "content": system}] if system is not None else []

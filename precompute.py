@@ -62,10 +62,12 @@ class UniqueKeyLoader(yaml.SafeLoader):
     """YAML loader that refuses a key given twice; PyYAML itself silently keeps the last."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(f"{node.start_mark.name}:{node.start_mark.line + 1}: key {key!r} is given twice")
+        seen = []
+        for key_node, _ in node.value:
+            key, mark = self.construct_object(key_node, deep=True), key_node.start_mark
+            if key in seen:
+                raise ValueError(f"{mark.name}:{mark.line + 1}: key {key!r} is given twice")
+            seen.append(key)
         return super().construct_mapping(node, deep)
 
 
@@ -75,7 +77,8 @@ def load_config(arguments, defaults):
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if equals:
-            text = isinstance(defaults.get(key.strip()), str) or not value  # text stays as typed: YAML minds colons
+            # text stays as typed, required keys are text too: YAML minds colons and reads 007 as 7
+            text = isinstance(defaults.get(key.strip()), str | type(...)) or not value
             given.append((f"argument {argument}", key.strip(), value if text else yaml.safe_load(value)))
             continue
         if not Path(argument).is_file():
@@ -91,6 +94,8 @@ def load_config(arguments, defaults):
                 dotted = f"{prefix}{name}"
                 if isinstance(value, dict):
                     stack.append((f"{dotted}.", value))
+                elif any((where, key) == (argument, dotted) for where, key, _ in given):
+                    raise ValueError(f"{argument}: key {dotted!r} is given twice")  # in a section, and spelt with dots
                 else:
                     given.append((argument, dotted, value))
     config = dict(defaults)
@@ -144,6 +149,8 @@ def pick_device(cfg):
     kind = cfg["device"]
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu or cuda, got {kind!r}")
     if kind.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no GPU here; use device=cpu, or check the driver with nvidia-smi")
     if "RANK" in os.environ and not dist.is_initialized():
@@ -164,10 +171,16 @@ def rank_and_world():
 
 
 def write_atomic(path, write):
-    """Call `write(file)` on a temporary file, fsync, then rename: a kill or a full disk leaves the old file whole."""
+    """Call `write(file)` on a temporary file, fsync, then rename: a kill or a full disk leaves the old file whole.
+
+    No reader looks at a temporary file. What kill -9 leaves of one goes when the same file is next written, which the
+    same command does.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        for left_over in path.parent.glob(f".{path.name}.*.tmp"):
+            left_over.unlink(missing_ok=True)
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
@@ -175,8 +188,9 @@ def write_atomic(path, write):
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(f"{path}: could not be written ({error.strerror}); what was there before is whole") from error
+        if isinstance(error, (OSError, RuntimeError)):  # torch.save makes a RuntimeError of a disk that fills up
+            reason = getattr(error, "strerror", None) or f"{error}; is the disk full?"
+            raise OSError(f"{path}: could not be written ({reason}); what was there before is whole") from error
         raise
 
 
@@ -247,7 +261,8 @@ def encode_shard(clips, encoder, cfg, device, dtype, bar):
     outputs, index, first = [], [], 0
     while loaded:
         batch = [loaded.pop()]
-        while loaded and (len(batch) + 1) * batch[0][2] <= cfg["batch_s"]:
+        longest = 30.0 if cfg["encoder.pad_to_30s"] else batch[0][2]
+        while loaded and (len(batch) + 1) * longest <= cfg["batch_s"]:
             batch.append(loaded.pop())
         lens = torch.tensor([len(feats) for _, feats, _ in batch])
         feats = torch.nn.utils.rnn.pad_sequence([feats for _, feats, _ in batch], batch_first=True)  # (B, T, F)

@@ -13,6 +13,7 @@ Two losses, each with a weight, on cached encoder outputs:
 Input   cache of `precompute.py` (cache.dir), manifests with the same keys, the LLM's embedding table and tokenizer.
 Output  run.dir/adaptor_cached.pt  plain state dict of the adaptor at its best validation score
         run.dir/ctc_head.pt        plain state dict of the CTC head (if loss.ctc_weight > 0)
+        run.dir/identity.json      the encoder and LLM that they belong to; train_phase2.py refuses others
         run.dir/last.pt            everything that resuming needs; run.dir/metrics.jsonl and TensorBoard events
 Papers  InfoNCE arXiv:1807.03748, as in CLIP arXiv:2103.00020; CTC Graves et al. 2006.
 Logged  loss (weighted sum, nats), nce and ctc (nats per clip), r1_a2t / r1_t2a / r5_* (share of held-out clips whose
@@ -91,10 +92,12 @@ class UniqueKeyLoader(yaml.SafeLoader):
     """YAML loader that refuses a key given twice; PyYAML itself silently keeps the last."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(f"{node.start_mark.name}:{node.start_mark.line + 1}: key {key!r} is given twice")
+        seen = []
+        for key_node, _ in node.value:
+            key, mark = self.construct_object(key_node, deep=True), key_node.start_mark
+            if key in seen:
+                raise ValueError(f"{mark.name}:{mark.line + 1}: key {key!r} is given twice")
+            seen.append(key)
         return super().construct_mapping(node, deep)
 
 
@@ -104,7 +107,8 @@ def load_config(arguments, defaults):
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if equals:
-            text = isinstance(defaults.get(key.strip()), str) or not value  # text stays as typed: YAML minds colons
+            # text stays as typed, required keys are text too: YAML minds colons and reads 007 as 7
+            text = isinstance(defaults.get(key.strip()), str | type(...)) or not value
             given.append((f"argument {argument}", key.strip(), value if text else yaml.safe_load(value)))
             continue
         if not Path(argument).is_file():
@@ -120,6 +124,8 @@ def load_config(arguments, defaults):
                 dotted = f"{prefix}{name}"
                 if isinstance(value, dict):
                     stack.append((f"{dotted}.", value))
+                elif any((where, key) == (argument, dotted) for where, key, _ in given):
+                    raise ValueError(f"{argument}: key {dotted!r} is given twice")  # in a section, and spelt with dots
                 else:
                     given.append((argument, dotted, value))
     config = dict(defaults)
@@ -173,6 +179,8 @@ def pick_device(cfg):
     kind = cfg["device"]
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu or cuda, got {kind!r}")
     if kind.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no GPU here; use device=cpu, or check the driver with nvidia-smi")
     if "RANK" in os.environ and not dist.is_initialized():
@@ -193,10 +201,16 @@ def rank_and_world():
 
 
 def write_atomic(path, write):
-    """Call `write(file)` on a temporary file, fsync, then rename: a kill or a full disk leaves the old file whole."""
+    """Call `write(file)` on a temporary file, fsync, then rename: a kill or a full disk leaves the old file whole.
+
+    No reader looks at a temporary file. What kill -9 leaves of one goes when the same file is next written, which the
+    same command does.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        for left_over in path.parent.glob(f".{path.name}.*.tmp"):
+            left_over.unlink(missing_ok=True)
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
@@ -204,8 +218,9 @@ def write_atomic(path, write):
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(f"{path}: could not be written ({error.strerror}); what was there before is whole") from error
+        if isinstance(error, (OSError, RuntimeError)):  # torch.save makes a RuntimeError of a disk that fills up
+            reason = getattr(error, "strerror", None) or f"{error}; is the disk full?"
+            raise OSError(f"{path}: could not be written ({reason}); what was there before is whole") from error
         raise
 
 
@@ -347,6 +362,8 @@ def load_frames(utterances, cache, cfg, seed=None):
 
 def learning_rate(step, total, cfg):
     """Linear warm-up over steps 0..warmup-1, then cosine to 0 or constant: a pure function of the step."""
+    if cfg["optim.schedule"] not in ("cosine", "constant"):
+        raise ValueError(f"optim.schedule: expected cosine or constant, got {cfg['optim.schedule']!r}")
     warmup = cfg["optim.warmup_steps"]
     if step < warmup:
         return cfg["optim.lr"] * (step + 1) / warmup
@@ -363,7 +380,15 @@ def make_optimizer(module, cfg, device):
     return torch.optim.AdamW(groups, lr=cfg["optim.lr"], betas=(0.9, 0.98), fused=device.type == "cuda")
 
 
-def open_run(cfg, rank):
+def check_identity(found, identity, path):
+    """Encoder and LLM must be those that `path` was trained with: others of the same width give noise, not an error."""
+    differing = [key for key, value in identity.items() if not key.endswith(".name") and found.get(key, value) != value]
+    if differing:
+        then = ", ".join(f"{key}={found[key]}, now {identity[key]}" for key in differing)
+        raise ValueError(f"{path}: belongs to another encoder or LLM ({then}); give the cache and the LLM of then")
+
+
+def open_run(cfg, rank, identity):
     """Make run.dir, or open it again to resume. Output: content of last.pt, or None.
 
     A folder with results in it is refused unless run.resume is set: two runs would mix their files.
@@ -378,9 +403,10 @@ def open_run(cfg, rank):
     elif last.exists():
         try:
             state = torch.load(last, map_location="cpu", weights_only=True)
-        except Exception as error:  # torn, or a pickle with code in it: weights_only refuses it
+            changed = [f"{k}: {v!r} -> {cfg[k]!r}" for k, v in state["config"].items() if k in cfg and cfg[k] != v]
+        except Exception as error:  # torn, something else, or a pickle with code in it: weights_only refuses it
             raise ValueError(f"{last}: not a checkpoint of this script ({type(error).__name__}); not loaded") from error
-        changed = [f"{k}: {v!r} -> {cfg[k]!r}" for k, v in state["config"].items() if k in cfg and cfg[k] != v]
+        check_identity(state.get("identity", {}), identity, last)
         if rank == 0:
             print(f"resuming at step {state['step']}; changed: {', '.join(changed) or 'nothing'}")
     else:
@@ -520,14 +546,17 @@ def build(cfg, cache, table, train, device):
         cache.width, table.shape[1], cfg["adaptor.hidden_dim"], cfg["adaptor.num_layers"], cfg["adaptor.num_heads"],
         cfg["adaptor.dropout"], cfg["adaptor.stack"], cfg["adaptor.pre_norm"], model.embedding_rms(table))
     ctc = None
+    if cfg["ctc.vocab"] not in ("train", "all"):
+        raise ValueError(f"ctc.vocab: expected train or all, got {cfg['ctc.vocab']!r}")
     if cfg["loss.ctc_weight"]:
         seen = sorted({token for u in train for token in u["ids"]})
         ctc = model.CTCHead(table.shape[1], embedding=table, token_ids=seen if cfg["ctc.vocab"] == "train" else None)
     return Phase1(adaptor, ctc, cfg["loss.temperature"]).to(device)
 
 
-def save_results(phase, folder):
-    """The plain state dicts that train_phase2.py and others load."""
+def save_results(phase, identity, folder):
+    """The plain state dicts that train_phase2.py and others load, and which encoder and LLM they belong to."""
+    write_atomic(folder / "identity.json", lambda file: file.write(json.dumps(identity, indent=1).encode()))
     write_atomic(folder / "adaptor_cached.pt", lambda file: torch.save(phase.adaptor.state_dict(), file))
     if phase.ctc is not None:
         write_atomic(folder / "ctc_head.pt", lambda file: torch.save(phase.ctc.state_dict(), file))
@@ -542,12 +571,14 @@ def main(cfg):
         raise ValueError(f"{cfg['cache.dir']}: was made with adaptor.keep_query_frames="
                          f"{cache.identity.get('encoder.query_frames', False)}; give the same here")
     table, tokenizer = model.load_embedding(cfg["llm.name"])
+    identity = {k: v for k, v in cache.identity.items() if k.startswith("encoder.")}
+    identity |= {"llm.weights": model.hash_tensors({"embed": table.bfloat16()})}  # as model.load_llm has it
     table = table.to(device)
     train = read_utterances(cfg["data.train"], cache, tokenizer, cfg["data.normalize"], cfg["data.speed"],
                             cfg["data.repeat"], cfg["data.perturb"])
     valid = read_utterances(cfg["data.valid"], cache, tokenizer, cfg["data.normalize"])
     names = {target: n for n, target in enumerate(sorted({u["target"] for u in train}))}
-    state = open_run(cfg, rank)
+    state = open_run(cfg, rank, identity)
     phase = build(cfg, cache, table, train, device)
     optimizer = make_optimizer(phase, cfg, device)
     wrapped = nn.parallel.DistributedDataParallel(phase, broadcast_buffers=False) if world > 1 else phase
@@ -619,12 +650,12 @@ def main(cfg):
                 for utterance, text in list(zip(valid, read))[:3]:
                     tqdm.write(f"    {utterance['target']!r} read as {text!r}")
                 if score > best:
-                    save_results(phase, folder)
+                    save_results(phase, identity, folder)
             best = max(best, score)
         if rank == 0 and (step % cfg["run.save_every"] == 0 or last):
             state = {"format": 1, "phase": phase.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                      "epoch": epoch, "used": used, "best": best, "config": cfg,
-                     "seconds": spent + time.time() - started}
+                     "identity": identity, "seconds": spent + time.time() - started}
             write_atomic(folder / "last.pt", lambda file, state=state: torch.save(state, file))
     bar.close()
     if rank == 0:
@@ -658,7 +689,9 @@ def print_start(cfg, phase, train, valid, total, device, dtype, world):
           f"{cfg['batch_clips']} x {world} x {cfg['optim.accum']} clips, {cfg['batch_clips'] * world} candidates each")
     print(f"trainable: {', '.join(f'{name} {size:,}' for name, size in sizes.items())}; frozen: the LLM's embeddings")
     if phase.ctc is not None:
-        print(f"CTC over {phase.ctc.blank} tokens and a blank")
+        ids = [token for u in valid for token in u["ids"]]
+        print(f"CTC over {phase.ctc.blank} tokens and a blank; {len(ids) - len(phase.ctc.classes(ids))} of {len(ids)} "
+              "valid tokens have no CTC class, so that it cannot read them")
     print(f"device {device}, autocast {dtype}, torch {torch.__version__}, seed {cfg['seed']}", flush=True)
 
 

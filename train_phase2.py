@@ -33,6 +33,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import soundfile
 import torch
 import torch.distributed as dist
 import yaml
@@ -48,8 +49,8 @@ DEFAULTS = {
     "data.train": ...,  # manifests, separated by commas
     "data.valid": ...,
     "data.repeat": [1],  # how often each training manifest counts per epoch, one number for each
-    "data.perturb": "",  # manifests that data.speed applies to; empty: all of data.train
-    "data.speed": [1.0],  # cache: copies to use; audio: factors to draw from
+    "data.perturb": "",  # cache: manifests that data.speed applies to; empty: all of data.train
+    "data.speed": [1.0],  # cache: copies to use; audio: factors to draw from, for all of data.train
     "data.normalize": True,  # train on normalised text (lower case, no punctuation), as scoring does
     "data.max_s": 30.0,  # audio: longer training clips are left out and counted
     "data.max_bad": 100,  # audio: stop when more clips than this cannot be read
@@ -111,10 +112,12 @@ class UniqueKeyLoader(yaml.SafeLoader):
     """YAML loader that refuses a key given twice; PyYAML itself silently keeps the last."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(f"{node.start_mark.name}:{node.start_mark.line + 1}: key {key!r} is given twice")
+        seen = []
+        for key_node, _ in node.value:
+            key, mark = self.construct_object(key_node, deep=True), key_node.start_mark
+            if key in seen:
+                raise ValueError(f"{mark.name}:{mark.line + 1}: key {key!r} is given twice")
+            seen.append(key)
         return super().construct_mapping(node, deep)
 
 
@@ -124,7 +127,8 @@ def load_config(arguments, defaults):
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if equals:
-            text = isinstance(defaults.get(key.strip()), str) or not value  # text stays as typed: YAML minds colons
+            # text stays as typed, required keys are text too: YAML minds colons and reads 007 as 7
+            text = isinstance(defaults.get(key.strip()), str | type(...)) or not value
             given.append((f"argument {argument}", key.strip(), value if text else yaml.safe_load(value)))
             continue
         if not Path(argument).is_file():
@@ -140,6 +144,8 @@ def load_config(arguments, defaults):
                 dotted = f"{prefix}{name}"
                 if isinstance(value, dict):
                     stack.append((f"{dotted}.", value))
+                elif any((where, key) == (argument, dotted) for where, key, _ in given):
+                    raise ValueError(f"{argument}: key {dotted!r} is given twice")  # in a section, and spelt with dots
                 else:
                     given.append((argument, dotted, value))
     config = dict(defaults)
@@ -193,6 +199,8 @@ def pick_device(cfg):
     kind = cfg["device"]
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu or cuda, got {kind!r}")
     if kind.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no GPU here; use device=cpu, or check the driver with nvidia-smi")
     if "RANK" in os.environ and not dist.is_initialized():
@@ -213,10 +221,16 @@ def rank_and_world():
 
 
 def write_atomic(path, write):
-    """Call `write(file)` on a temporary file, fsync, then rename: a kill or a full disk leaves the old file whole."""
+    """Call `write(file)` on a temporary file, fsync, then rename: a kill or a full disk leaves the old file whole.
+
+    No reader looks at a temporary file. What kill -9 leaves of one goes when the same file is next written, which the
+    same command does.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        for left_over in path.parent.glob(f".{path.name}.*.tmp"):
+            left_over.unlink(missing_ok=True)
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
@@ -224,8 +238,9 @@ def write_atomic(path, write):
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(f"{path}: could not be written ({error.strerror}); what was there before is whole") from error
+        if isinstance(error, (OSError, RuntimeError)):  # torch.save makes a RuntimeError of a disk that fills up
+            reason = getattr(error, "strerror", None) or f"{error}; is the disk full?"
+            raise OSError(f"{path}: could not be written ({reason}); what was there before is whole") from error
         raise
 
 
@@ -367,6 +382,8 @@ def load_frames(utterances, cache, cfg, seed=None):
 
 def learning_rate(step, total, cfg):
     """Linear warm-up over steps 0..warmup-1, then cosine to 0 or constant: a pure function of the step."""
+    if cfg["optim.schedule"] not in ("cosine", "constant"):
+        raise ValueError(f"optim.schedule: expected cosine or constant, got {cfg['optim.schedule']!r}")
     warmup = cfg["optim.warmup_steps"]
     if step < warmup:
         return cfg["optim.lr"] * (step + 1) / warmup
@@ -383,7 +400,15 @@ def make_optimizer(module, cfg, device):
     return torch.optim.AdamW(groups, lr=cfg["optim.lr"], betas=(0.9, 0.98), fused=device.type == "cuda")
 
 
-def open_run(cfg, rank):
+def check_identity(found, identity, path):
+    """Encoder and LLM must be those that `path` was trained with: others of the same width give noise, not an error."""
+    differing = [key for key, value in identity.items() if not key.endswith(".name") and found.get(key, value) != value]
+    if differing:
+        then = ", ".join(f"{key}={found[key]}, now {identity[key]}" for key in differing)
+        raise ValueError(f"{path}: belongs to another encoder or LLM ({then}); give the cache and the LLM of then")
+
+
+def open_run(cfg, rank, identity):
     """Make run.dir, or open it again to resume. Output: content of last.pt, or None.
 
     A folder with results in it is refused unless run.resume is set: two runs would mix their files.
@@ -398,9 +423,10 @@ def open_run(cfg, rank):
     elif last.exists():
         try:
             state = torch.load(last, map_location="cpu", weights_only=True)
-        except Exception as error:  # torn, or a pickle with code in it: weights_only refuses it
+            changed = [f"{k}: {v!r} -> {cfg[k]!r}" for k, v in state["config"].items() if k in cfg and cfg[k] != v]
+        except Exception as error:  # torn, something else, or a pickle with code in it: weights_only refuses it
             raise ValueError(f"{last}: not a checkpoint of this script ({type(error).__name__}); not loaded") from error
-        changed = [f"{k}: {v!r} -> {cfg[k]!r}" for k, v in state["config"].items() if k in cfg and cfg[k] != v]
+        check_identity(state.get("identity", {}), identity, last)
         if rank == 0:
             print(f"resuming at step {state['step']}; changed: {', '.join(changed) or 'nothing'}")
     else:
@@ -428,11 +454,21 @@ def log_metrics(path, writer, step, values):
 # ---- audio on the fly -------------------------------------------------------------------------------------------
 
 
+def header_seconds(path, sample_rate):
+    """Duration by the file's header; where that cannot be read, AudioError says what is wrong."""
+    try:
+        return soundfile.info(path).duration
+    except (RuntimeError, OSError, TypeError):  # TypeError: headerless .raw
+        return len(model.load_audio(path, sample_rate)) / sample_rate
+
+
 def read_audio_utterances(cfg, specs, tokenizer, encoder, repeat=(1,)):
     """Manifests -> utterances with `source`, without a cache; lengths come from the files' headers."""
-    import soundfile
-
     specs, utterances, left_out = [spec.strip() for spec in specs.split(",") if spec.strip()], [], []
+    if cfg["data.perturb"]:
+        raise ValueError("data.perturb needs data.source=cache; from audio, data.speed applies to all of data.train")
+    if len(repeat) not in (1, len(specs)):
+        raise ValueError(f"data.repeat has {len(repeat)} numbers for {len(specs)} manifests; give one for each")
     for number, spec in enumerate(specs):
         for row in model.read_manifest(spec):
             target = row["target"].strip()
@@ -440,12 +476,12 @@ def read_audio_utterances(cfg, specs, tokenizer, encoder, repeat=(1,)):
                 target = model.normalize_text(target)
             ids = model.text_to_ids(tokenizer, target)
             try:
-                seconds = soundfile.info(row["source"]).duration
+                seconds = header_seconds(row["source"], encoder.sample_rate)
                 reason = "" if ids else "empty transcript"
                 if not 0.1 <= seconds <= cfg["data.max_s"]:
-                    reason = f"{seconds:.2f} s is outside 0.1..data.max_s"
-            except (RuntimeError, OSError) as error:
-                reason = f"{row['source']}: {error}"
+                    reason = f"{seconds:.2f} s is outside 0.1..data.max_s ({cfg['data.max_s']:g})"
+            except model.AudioError as error:
+                reason = str(error)
             if reason:
                 left_out.append({"key": row["key"], "source": row["source"], "reason": reason})
                 continue
@@ -453,6 +489,9 @@ def read_audio_utterances(cfg, specs, tokenizer, encoder, repeat=(1,)):
             utterance = {"key": row["key"], "source": row["source"], "target": target, "ids": ids, "frames": frames,
                          "seconds": seconds} | {k: row[k] for k in ("language", "prompt", "hotwords") if k in row}
             utterances += [utterance] * repeat[number % len(repeat)]
+    if left_out:
+        first = left_out[0]
+        print(f"{', '.join(specs)}: {len(left_out)} clips left out, first {first['key']}: {first['reason']}")
     if not utterances:
         raise ValueError(f"{', '.join(specs)}: no usable utterance")
     return utterances, left_out
@@ -506,7 +545,7 @@ def encoder_batches(utterances, batches, encoder, cfg, device, dtype, epoch, bad
             seed = int(model.hash_text([cfg["seed"], epoch, batch])[:12], 16)
             feats, lens = masking(feats, lens, torch.Generator().manual_seed(seed))
         for index, (_, reason) in zip(batch, items):
-            if reason and all(row["key"] != utterances[index]["key"] for row in bad):
+            if reason and all(row["source"] != utterances[index]["source"] for row in bad):
                 bad.append({"key": utterances[index]["key"], "source": utterances[index]["source"], "reason": reason})
         with torch.no_grad(), autocast(device, dtype):
             enc, enc_lens = encoder(feats.to(device), lens.to(device))
@@ -586,13 +625,17 @@ def build(cfg, width, llm, tokenizer, train, device):
 
 @torch.no_grad()
 def validate(phase, utterances, load, cfg, device, dtype):
-    """Teacher-forced loss and accuracy on all of valid, greedy error rates on its first run.valid_decode clips."""
+    """Teacher-forced loss and accuracy on all of valid, greedy error rates on its first run.valid_decode clips.
+
+    load: list of utterances -> those of them that could be read, enc (B, T, W), lens (B,); the others are not scored.
+    """
     phase.eval()
     drafted = cfg["llm.draft"] > 0
     sums, said, heard, read = torch.zeros(3), [], [], []
     for start in range(0, len(utterances), 16):
-        batch = utterances[start : start + 16]
-        enc, lens = load(batch)
+        batch, enc, lens = load(utterances[start : start + 16])
+        if not batch:
+            continue
         enc, lens = enc.to(device), lens.to(device)
         with autocast(device, dtype):
             ce, right, _, _, _ = phase(enc, lens, batch, [u["ids"] for u in batch], [drafted] * len(batch))
@@ -611,6 +654,8 @@ def validate(phase, utterances, load, cfg, device, dtype):
         if paths:
             read += [phase.tokenizer.decode(phase.ctc.tokens(path)).strip() for path in paths]
     phase.train()
+    if not sums[2]:
+        raise ValueError(f"{cfg['data.valid']}: not one of its clips could be read")
     scores = {"valid_ce": sums[0] / sums[2], "valid_acc": sums[1] / sums[2]}
     references = [u["target"] for u in said]
     if said:
@@ -655,11 +700,9 @@ def save_results(phase, cfg, identity, folder):
     write_atomic(folder / "config.json", lambda file: file.write(text.encode()))
 
 
-def stream(train, encoder, cache, cfg, device, dtype, epoch, used, prompt_tokens, bad):
+def stream(train, lengths, encoder, cache, cfg, device, dtype, epoch, used, bad):
     """Endless batches from (epoch, used) on: yields epoch, used, utterances of this process, enc, lens, usable."""
     rank, world = rank_and_world()
-    stack = cfg["adaptor.stack"]
-    lengths = [-(-u["frames"] // stack) + 2 * len(u["ids"]) + prompt_tokens for u in train]
     while True:
         batches = epoch_batches(lengths, cfg["batch_clips"], cfg["batch_tokens"], world, cfg["seed"], epoch)[used:]
         mine = [batch[rank::world] for batch in batches]
@@ -698,21 +741,24 @@ def main(cfg):
         width, identity = encoder.width, {f"encoder.{key}": value for key, value in encoder.identity.items()}
         train, bad = read_audio_utterances(cfg, cfg["data.train"], tokenizer, encoder, cfg["data.repeat"])
         valid, bad_valid = read_audio_utterances(cfg, cfg["data.valid"], tokenizer, encoder)
-        bad += bad_valid
+        bad += [row for row in bad_valid if all(row["source"] != known["source"] for known in bad)]
     else:
         raise ValueError(f"data.source: expected cache or audio, got {cfg['data.source']!r}")
     identity["llm.weights"] = llm.identity["weights"]
-    state = open_run(cfg, rank)
+    state = open_run(cfg, rank, identity)
+    origin = Path(cfg["init.dir"]) / "identity.json"
+    if cfg["init.dir"] and origin.is_file():  # beside an adaptor from elsewhere there is none
+        check_identity(json.loads(origin.read_text(encoding="utf-8")), identity, origin)
     phase = build(cfg, width, llm, tokenizer, train, device)
     optimizer = make_optimizer(phase, cfg, device)
     wrapped = nn.parallel.DistributedDataParallel(phase, broadcast_buffers=False) if world > 1 else phase
-    prompt_tokens = sum(len(part) for part in phase.prompts([{}], [None])[0])
     step, epoch, used, best, spent, accum = 0, 0, 0, math.inf, 0.0, cfg["optim.accum"]
     if state:
         load_trained(phase, state, cfg)
         optimizer.load_state_dict(state["optimizer"])
         step, epoch, used, best, spent = (state[k] for k in ("step", "epoch", "used", "best", "seconds"))
-    lengths = [-(-u["frames"] // cfg["adaptor.stack"]) + 2 * len(u["ids"]) + prompt_tokens for u in train]
+    prompt_tokens = sum(len(part) for part in phase.prompts([{}], [None])[0])
+    lengths = [phase.adaptor.out_lens(u["frames"]) + 2 * len(u["ids"]) + prompt_tokens for u in train]  # 2: the draft
     per_epoch = len(epoch_batches(lengths, cfg["batch_clips"], cfg["batch_tokens"], world, cfg["seed"], 0))
     total = cfg["optim.max_steps"] or cfg["optim.epochs"] * per_epoch // accum
     folder, metrics, writer = Path(cfg["run.dir"]), Path(cfg["run.dir"]) / "metrics.jsonl", None
@@ -723,13 +769,14 @@ def main(cfg):
 
     def load_valid(utterances):
         if cache is not None:
-            return load_frames(utterances, cache, cfg)
-        enc, lens, _ = next(encoder_batches(utterances, [list(range(len(utterances)))], encoder, cfg, device, dtype,
-                                            None, bad))
-        return enc, lens
+            return utterances, *load_frames(utterances, cache, cfg)
+        enc, lens, usable = next(encoder_batches(utterances, [list(range(len(utterances)))], encoder, cfg, device,
+                                                 dtype, None, bad))
+        kept = [i for i, good in enumerate(usable) if good]
+        return [utterances[i] for i in kept], enc[kept], lens[kept]
 
     phase.train()
-    batches = stream(train, encoder, cache, cfg, device, dtype, epoch, used, prompt_tokens, bad)
+    batches = stream(train, lengths, encoder, cache, cfg, device, dtype, epoch, used, bad)
     window, started = new_window(), time.time()
     bar = tqdm(total=total, initial=step, unit="step", disable=rank != 0 or None)
     while step < total:
@@ -769,10 +816,6 @@ def main(cfg):
         window["steps"] += 1
         bar.update(1)
         last = step == total
-        if len(bad) > cfg["data.max_bad"]:
-            write_bad(folder, bad)
-            raise ValueError(f"{len(bad)} clips cannot be used, more than data.max_bad={cfg['data.max_bad']}; "
-                             f"the last is {bad[-1]['key']}: {bad[-1]['reason']}")
         if rank == 0 and (step % cfg["run.log_every"] == 0 or last):
             log_window(window, cfg, step, total, lr, grad_norm, len(bad), metrics, writer, bar)
             window = new_window()
@@ -787,6 +830,14 @@ def main(cfg):
                 if score < best:
                     save_results(phase, cfg, identity, folder)
             best = min(best, score)
+        if len(bad) > cfg["data.max_bad"]:
+            write_bad(folder, bad)  # as this process knows them; the others are in the next step already
+            raise ValueError(f"{len(bad)} clips cannot be used, more than data.max_bad={cfg['data.max_bad']}; "
+                             f"the last is {bad[-1]['key']}: {bad[-1]['reason']}")
+        if cache is None and (step % cfg["run.save_every"] == 0 or last):
+            named = all_bad(bad)
+            if rank == 0:
+                write_bad(folder, named)
         if rank == 0 and (step % cfg["run.save_every"] == 0 or last):
             state = {"format": 1, "trained": trained_state(phase), "optimizer": optimizer.state_dict(), "step": step,
                      "epoch": epoch, "used": used, "best": best, "config": cfg,
@@ -794,11 +845,17 @@ def main(cfg):
             write_atomic(folder / "last.pt", lambda file, state=state: torch.save(state, file))
     bar.close()
     if rank == 0:
-        if cache is None:
-            write_bad(folder, bad)
         print(f"done: {step} steps, best {best:.4f}, {spent + time.time() - started:.0f} s -> {folder}")
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def all_bad(bad):
+    """Rows of clips that could not be used, of all processes, each file once."""
+    parts = [bad] * rank_and_world()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(parts, bad)
+    return list({row["source"]: row for part in parts for row in part}.values())
 
 
 def write_bad(folder, bad):
@@ -813,8 +870,9 @@ def new_window():
 
 def log_window(window, cfg, step, total, lr, grad_norm, bad, metrics, writer, bar):
     """One line per interval: losses averaged over the interval."""
-    values = {"ce": float(window["ce"]) / window["labels"], "ctc": float(window["ctc"]) / window["clips"],
-              "acc": float(window["right"]) / window["labels"], "lr": lr, "grad_norm": grad_norm,
+    labels, clips = max(1, window["labels"]), max(1, window["clips"])  # 0 if no clip of the interval could be read
+    values = {"ce": float(window["ce"]) / labels, "ctc": float(window["ctc"]) / clips,
+              "acc": float(window["right"]) / labels, "lr": lr, "grad_norm": grad_norm,
               "audio_s_per_s": window["audio_s"] / (time.time() - window["started"]),
               "tokens": window["tokens"] / window["steps"], "impossible": window["impossible"], "bad": bad}
     log_metrics(metrics, writer, step, values)
@@ -832,6 +890,10 @@ def print_start(cfg, phase, train, valid, total, device, dtype, world, identity)
     for name, part in phase.named_children():
         trains = sum(p.numel() for p in part.parameters() if p.requires_grad)
         print(f"  {name}: {trains:,} trainable, {sum(p.numel() for p in part.parameters()) - trains:,} frozen")
+    for name, rows in (("train", train), ("valid", valid)) if phase.ctc is not None else ():
+        ids = [token for u in rows for token in u["ids"]]
+        print(f"  {len(ids) - len(phase.ctc.classes(ids))} of {len(ids)} {name} tokens have no CTC class: CTC neither "
+              "learns nor reads them")
     before, after = phase.prompts([{}], [None])[0]
     print(f"prompt: {phase.tokenizer.decode(before)!r} SPEECH {phase.tokenizer.decode(after)!r}")
     print(f"encoder {identity['encoder.name']}, LLM {cfg['llm.name']}, device {device}, {dtype}, "

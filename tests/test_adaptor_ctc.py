@@ -45,6 +45,16 @@ def test_default_size_and_names_are_the_published_ones():
     assert state["output_proj.weight"].shape == (2560, 2048)
 
 
+def test_every_layer_starts_with_weights_of_its_own_and_the_seed_decides_them():
+    state, again, other = (net.state_dict() for net in (small_adaptor(), small_adaptor(), model.AudioAdaptor(**SMALL)))
+    assert all(torch.equal(state[name], again[name]) for name in state)
+    assert not torch.equal(state["input_proj.weight"], other["input_proj.weight"])  # the seed was used up by `again`
+    for name in ("self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight"):
+        first, second = (state[f"transformer.layers.{n}.{name}"] for n in (0, 1))
+        assert not torch.equal(first, second)
+        assert first.std().item() == pytest.approx(second.std().item(), rel=0.2)  # same distribution
+
+
 def by_hand(adaptor, enc, heads=4, pre_norm=False):
     """The published adaptor's computation for one clip, written out from its weights alone."""
     w = adaptor.state_dict()
@@ -388,6 +398,21 @@ def test_soft_speech_equals_a_loop_over_runs():
     for row, n in enumerate(soft_lens):
         torch.testing.assert_close(soft[row, :n], expected[row])
         assert (soft[row, n:] == 0).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])
+def test_garbage_in_the_padding_changes_no_soft_speech(value):
+    head, _ = tied_head()
+    lens = torch.tensor([12, 7, 1])
+    log_probs = (3 * torch.randn(3, 12, 7)).log_softmax(-1)
+    log_probs[2, 0, head.blank] = 5.0  # a clip in which CTC hears nothing
+    soft, soft_lens = model.ctc_soft_speech(log_probs, lens, head)
+    log_probs[1, 7:] = log_probs[2, 1:] = value
+    log_probs.requires_grad_(True)
+    again, again_lens = model.ctc_soft_speech(log_probs, lens, head)
+    assert torch.equal(again, soft) and torch.equal(again_lens, soft_lens)
+    again.sum().backward()
+    assert (log_probs.grad[1, 7:] == 0).all() and log_probs.grad.isfinite().all()
 
 
 def test_a_clip_in_which_ctc_hears_nothing_gives_its_mean_posterior():

@@ -4,6 +4,7 @@ import html
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -149,7 +150,7 @@ def recorded_prompts(monkeypatch):
     calls, real = [], model.build_prompt
 
     def build_prompt(tokenizer, prompt, draft=None, language=None, hotwords=(), system=None):
-        calls.append({"prompt": prompt, "draft": draft, "language": language, "hotwords": list(hotwords)})
+        calls.append({"prompt": prompt, "draft": draft, "language": language, "hotwords": hotwords})
         return real(tokenizer, prompt, draft, language, hotwords, system)
 
     monkeypatch.setattr(model, "build_prompt", build_prompt)
@@ -177,7 +178,7 @@ def test_prompt_language_and_hotwords_reach_the_prompt(world, monkeypatch, tmp_p
     row = {"key": "a", "source": str(wav), "target": "", "prompt": "Own:", "language": "en", "hotwords": "Eve, Joe"}
     (tmp_path / "m.jsonl").write_text(json.dumps(row))
     scored = call(infer, world.dir, tmp_path / "m.jsonl")
-    assert calls[-1]["prompt"] == "Own:" and calls[-1]["hotwords"] == ["Eve", "Joe"] and calls[-1]["language"] == "en"
+    assert calls[-1]["prompt"] == "Own:" and calls[-1]["hotwords"] == "Eve, Joe" and calls[-1]["language"] == "en"
     assert scored["error_rate"] is None  # an empty target is no reference
 
 
@@ -236,27 +237,33 @@ def test_a_wrong_input_is_named_before_any_model_is_loaded(tmp_path, monkeypatch
 
 
 def bad_folder(folder, world):
-    """Two good clips and four bad ones."""
+    """Two good clips and five bad ones."""
     folder.mkdir()
     shutil.copy(world.wavs / "utt001.wav", folder / "good.wav")
     soundfile.write(folder / "stereo.wav", np.stack([make_twins.spoken(["one"], 44100)] * 2, 1), 44100)
     (folder / "empty.wav").write_bytes(b"")
+    soundfile.write(folder / "nothing.wav", np.zeros(0, np.float32), 16000)
     (folder / "text.wav").write_text("not audio")
     soundfile.write(folder / "nan.wav", np.full(16000, np.nan, np.float32), 16000, subtype="FLOAT")
     (folder / "cut.wav").write_bytes((folder / "stereo.wav").read_bytes()[:30000])
     return folder
 
 
-BAD = {"empty", "text", "nan", "cut"}
+BAD = {"empty": "the file is empty", "nothing": "holds no samples", "nan": "holds NaN or infinite samples",
+       "cut": "truncated", "absent": "no such file", "text": "not readable as audio", "raw": "not readable as audio"}
 
 
 def test_bad_clips_are_counted_and_named_and_do_not_end_the_run(world, tmp_path, capsys):
     folder = bad_folder(tmp_path / "in", world)
-    got = call(infer, world.dir, folder, f"out={tmp_path / 'o' / 'x.txt'}")
+    (folder / "raw.raw").write_bytes(b"\x00\x01" * 8000)
+    more = [json.dumps({"key": n.split(".")[0], "source": n, "target": ""}) for n in ("absent.wav", "raw.raw")]
+    (tmp_path / "in" / "m.jsonl").write_text("\n".join(more))
+    got = call(infer, world.dir, folder, folder / "m.jsonl", f"out={tmp_path / 'o' / 'x.txt'}")
     rows = [json.loads(line) for line in (tmp_path / "o" / "bad.jsonl").read_text().splitlines()]
-    assert {row["key"] for row in rows} == BAD and all(row["reason"] and row["source"] for row in rows)
-    assert list(texts(got)) == ["good", "stereo"] and got["n_bad"] == 4
-    assert "2 clips, 0.000 h, 4 left out" in capsys.readouterr().out
+    assert {row["key"] for row in rows} == BAD.keys()
+    assert all(BAD[row["key"]] in row["reason"] and Path(row["source"]).parent == folder for row in rows)
+    assert list(texts(got)) == ["good", "stereo"] and got["n_bad"] == 7
+    assert "2 clips, 0.000 h, 7 left out" in capsys.readouterr().out
     only_bad = call(infer, world.dir, folder / "text.wav", "data.max_bad=1")
     assert only_bad["n_clips"] == 0 and only_bad["rtf"] is None
     assert "left out: text: " in capsys.readouterr().out
@@ -300,6 +307,21 @@ def test_long_audio_is_cut_at_pauses_transcribed_and_joined(world, tmp_path, mon
             assert segment["start"] <= word["start"] <= word["end"] <= segment["end"]
     starts = re.findall(r"^00:00:(\d\d),\d+ -->", (tmp_path / "x.srt").read_text(), re.MULTILINE)
     assert starts == ["01", "15", "35"]
+
+
+def test_a_recording_may_have_more_pieces_than_a_process_may_open_files(world, tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "long.wav", np.zeros(60 * 16000, np.float32), 16000)
+    spans = [(first, first + 3200) for first in range(0, 60 * 16000, 4800)]
+    monkeypatch.setattr(infer, "speech_spans", lambda wave, rate, max_s: spans)
+    encoder, cfg = model.load_encoder(world.encoder), infer.load_config(["vad.threshold_s=0.2"], infer.DEFAULTS)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, limit[1]))
+    try:
+        rows = [{"key": str(n), "speech": str(tmp_path / "long.wav"), "source": "long.wav"} for n in range(3)]
+        batches = list(infer.read_batches(rows, encoder, cfg, {}, []))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert sum(map(len, batches)) == 3 * len(spans) == 600
 
 
 def test_silero_hears_no_speech_in_silence_and_leaves_the_threads_alone(world, tmp_path):

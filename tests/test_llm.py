@@ -139,6 +139,9 @@ def test_a_template_without_an_end_of_turn_is_refused():
 def test_language_and_hotwords_enter_the_prompt(tokenizer):
     before, _ = model.build_prompt(tokenizer, "Translate to {language}:", language="English", hotwords=["Ann", "Bo"])
     assert tokenizer.decode(before).endswith("Hotwords: [Ann, Bo]\nTranslate to English:")
+    for text in ("Ann, Bo", "Ann，Bo"):  # as a manifest may have them
+        assert model.build_prompt(tokenizer, "Translate to English:", hotwords=text)[0] == before
+    assert model.build_prompt(tokenizer, "a", hotwords=[""]) == model.build_prompt(tokenizer, "a", hotwords="")
     before, _ = model.build_prompt(tokenizer, "这是一段中文语音，请转录：", hotwords=["张三", "李四"])
     assert tokenizer.decode(before).endswith("热词列表：[张三, 李四]\n这是一段中文语音，请转录：")
 

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -73,13 +75,41 @@ def test_yaml_sections_dotted_keys_and_arguments_share_one_spelling(tmp_path):
     (NEEDED + "optim: {epochs: 2.5}\n", "expected int, got 2.5"),
     (NEEDED + "run.resume: 1\n", "run.resume: expected bool, got 1"),
     (NEEDED + "batch_clips: true\n", "batch_clips: expected int, got True"),
-    (NEEDED + "seed: 1\nseed: 2\n", "c.yaml:.* key 'seed' is given twice"),
+    (NEEDED + "seed: 1\nseed: 2\n", "c.yaml:6: key 'seed' is given twice"),
+    (NEEDED + "optim: {lr: 1, lr: 2}\n", "c.yaml:5: key 'lr' is given twice"),
+    (NEEDED + "optim: {lr: 1}\noptim.lr: 2\n", "c.yaml: key 'optim.lr' is given twice"),
+    (NEEDED + "optim.lr: 2\noptim: {lr: 1}\n", "c.yaml: key 'optim.lr' is given twice"),
     ("cache.dir: c\n", "required key not given: data.train, data.valid, llm.name, run.dir"),
     ("- a\n", "expected `section:`"),
 ])
 def test_a_wrong_configuration_is_refused_with_its_name(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         load(tmp_path, text)
+
+
+def test_text_on_the_command_line_stays_as_typed(tmp_path):
+    config = load(tmp_path, NEEDED, "run.dir=007", "data.train=2026-11-21 # a", "data.perturb=1e3")
+    assert (config["run.dir"], config["data.train"], config["data.perturb"]) == ("007", "2026-11-21 # a", "1e3")
+
+
+@pytest.mark.parametrize(("phase", "argument", "message"), [
+    ("phase1", "optim.schedule=linear", "optim.schedule: expected cosine or constant, got 'linear'"),
+    ("phase1", "ctc.vocab=every", "ctc.vocab: expected train or all, got 'every'"),
+    ("phase1", "data.repeat=1,2", "data.repeat has 2 numbers for 1 manifests"),
+    ("phase1", "data.perturb=other.jsonl", "data.perturb names other.jsonl, which data.train does not"),
+    ("phase1", "dtype=fp16", "dtype: expected one of fp32, bf16, auto, got 'fp16'"),
+    ("phase1", "device=gpu", "device: expected auto, cpu or cuda, got 'gpu'"),
+    ("phase2", "llm.speech=frame", "llm.speech is frames or ctc"),
+    ("phase2", "data.source=disk", "data.source: expected cache or audio, got 'disk'"),
+    ("audio", "data.repeat=1,2", "data.repeat has 2 numbers for 1 manifests"),
+    ("audio", "data.perturb=m.jsonl", "data.perturb needs data.source=cache"),
+])
+def test_a_value_that_means_nothing_is_refused(world, tmp_path, phase, argument, message):
+    script = train_phase1 if phase == "phase1" else train_phase2
+    arguments = world["phase1" if phase == "phase1" else "phase2"]
+    arguments = [*arguments, "data.source=audio", world["encoder"]] if phase == "audio" else arguments
+    with pytest.raises(ValueError, match=message):
+        call(script, *arguments, "optim.max_steps=1", f"run.dir={tmp_path / 'r'}", argument)
 
 
 def test_an_absent_config_file_is_named():
@@ -125,6 +155,7 @@ def test_a_killed_precompute_completes_to_the_same_bytes(world, tmp_path, monkey
     def die_on_the_fourth_file(path, write):
         count.append(path)
         if len(count) == 4:
+            path.with_name(f".{path.name}.4711.tmp").write_bytes(b"half a shard")  # what kill -9 leaves
             raise KeyboardInterrupt
         real(path, write)
 
@@ -134,6 +165,19 @@ def test_a_killed_precompute_completes_to_the_same_bytes(world, tmp_path, monkey
     monkeypatch.setattr(precompute, "write_atomic", real)
     call(precompute, *arguments)
     assert bytes_of(tmp_path) == bytes_of(world["cache"])
+
+
+def test_a_batch_of_clips_padded_to_30_s_counts_30_s_each(world, tmp_path, monkeypatch):
+    real, sizes = model.WhisperEncoder.forward, []
+
+    def forward(self, feats, lens):
+        sizes.append(len(feats))
+        return real(self, feats, lens)
+
+    monkeypatch.setattr(model.WhisperEncoder, "forward", forward)
+    call(precompute, f"data.train={world['manifest']}", f"cache.dir={tmp_path}", world["encoder"], "workers=0",
+         "encoder.pad_to_30s=true", "batch_s=60")
+    assert sizes == [2] * 6
 
 
 def test_two_processes_write_the_same_cache_as_one(world, tmp_path):
@@ -176,6 +220,7 @@ def bad_manifest(folder):
     soundfile.write(folder / "nan.wav", np.full(16000, np.nan, np.float32), 16000, subtype="FLOAT")
     (folder / "empty.wav").write_bytes(b"")
     (folder / "text.wav").write_text("not audio")
+    (folder / "headerless.raw").write_bytes(b"\x00\x01" * 8000)
     whole = (folder / "48000.wav").read_bytes()
     (folder / "cut.wav").write_bytes(whole[: len(whole) // 2])
     names = [*sorted(path.name for path in folder.iterdir()), "absent.wav"]
@@ -184,32 +229,110 @@ def bad_manifest(folder):
     return folder / "manifest.jsonl"
 
 
-BAD = {"short", "long", "nothing", "nan", "empty", "text", "cut", "absent"}
+BAD = {  # what bad.jsonl says of each
+    "short": r"^0.05 s is outside (data.min_s..max_s \(0.1..40\)|0.1..data.max_s \(30\))$",
+    "long": r"^600.00 s is outside (data.min_s..max_s \(0.1..40\)|0.1..data.max_s \(30\))$",
+    "nothing": "(nothing.wav: holds no samples|^0.00 s is outside)",
+    "nan": "nan.wav: holds NaN or infinite samples",
+    "empty": r"empty.wav: the file is empty \(0 bytes\)",
+    "text": "text.wav: not readable as audio",
+    "headerless": "headerless.raw: not readable as audio",
+    "cut": r"cut.wav: truncated, \d+ samples are left of what its header promises",
+    "absent": "absent.wav: no such file",
+}
+
+
+def check_reasons(path, wav_folder):
+    rows = {row["key"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+    assert rows.keys() == BAD.keys()
+    for key, pattern in BAD.items():
+        assert re.search(pattern, rows[key]["reason"]), rows[key]["reason"]
+        assert Path(rows[key]["source"]).parent == wav_folder
 
 
 def test_bad_clips_are_named_and_never_end_the_run(world, tmp_path):
     manifest = bad_manifest(tmp_path / "bad")
     call(precompute, f"data.train={manifest}", f"cache.dir={tmp_path / 'c'}", world["encoder"], "workers=2")
-    rows = [json.loads(line) for line in (tmp_path / "c" / "bad.jsonl").read_text().splitlines()]
-    assert {row["key"] for row in rows} == BAD
-    assert all(row["reason"] and row["source"] for row in rows)
+    check_reasons(tmp_path / "c" / "bad.jsonl", tmp_path / "bad")
     assert set(train_phase1.EncoderCache(tmp_path / "c").clips) == {"8000", "22050", "44100", "48000", "stereo"}
 
 
 def test_past_max_bad_the_run_stops_and_says_which(world, tmp_path):
     manifest = bad_manifest(tmp_path / "bad")
-    with pytest.raises(ValueError, match="8 clips cannot be used, more than data.max_bad=3; the last is"):
+    with pytest.raises(ValueError, match="9 clips cannot be used, more than data.max_bad=3; the last is"):
         call(precompute, f"data.train={manifest}", f"cache.dir={tmp_path}", world["encoder"], "data.max_bad=3")
 
 
-def test_phase_2_trains_from_audio_with_bad_clips_among_them(world, tmp_path):
+def test_phase_2_trains_from_audio_with_bad_clips_among_them(world, tmp_path, capsys):
     manifest = bad_manifest(tmp_path / "bad")
     arguments = [a for a in world["phase2"] if not a.startswith(("data.train", "cache.dir"))]
     call(train_phase2, *arguments, f"data.train={manifest}", world["encoder"], "data.source=audio", "workers=0",
          "augment.noise=1", "augment.telephone=1", "augment.specaug=true", "data.speed=0.9,1.1", "optim.max_steps=2",
          f"run.dir={tmp_path / 'r'}")
-    named = {json.loads(line)["key"] for line in (tmp_path / "r" / "bad.jsonl").read_text().splitlines()}
-    assert named == BAD
+    check_reasons(tmp_path / "r" / "bad.jsonl", tmp_path / "bad")
+    said = capsys.readouterr().out
+    assert re.search("manifest.jsonl: 7 clips left out, first empty: .*0 bytes", said)  # of two the header is sound
+
+
+def late_bad_manifest(folder, bad=("bad1", "bad2"), good=2):
+    """Clips whose header is sound and whose samples are not, before good ones: they show only when they are read."""
+    folder.mkdir()
+    wave, names = make_twins.spoken(["one", "two"]), [*bad, *(f"good{n}" for n in range(good))]
+    for name in names:
+        samples = np.where(np.arange(len(wave)) == 7, np.nan, wave) if name in bad else wave
+        soundfile.write(folder / f"{name}.wav", samples, 16000, subtype="FLOAT")
+    rows = [json.dumps({"key": name, "source": f"{name}.wav", "target": "one two"}) for name in names]
+    (folder / "manifest.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    return folder / "manifest.jsonl"
+
+
+def from_audio(world, train, valid, *arguments):
+    shared = [a for a in world["phase2"] if not a.startswith(("data.train", "data.valid", "cache.dir"))]
+    return [*shared, f"data.train={train}", f"data.valid={valid}", world["encoder"], "data.source=audio", "workers=0",
+            *arguments]
+
+
+def bad_keys(folder):
+    return [json.loads(line)["key"] for line in (folder / "bad.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_bad_clip_of_valid_is_named_and_not_scored(world, tmp_path):
+    both = late_bad_manifest(tmp_path / "both")
+    good = late_bad_manifest(tmp_path / "good", bad=())
+    for name, valid in (("with", both), ("without", good)):
+        call(train_phase2, *from_audio(world, world["manifest"], valid, "optim.max_steps=2", "loss.ctc_weight=0.3",
+                                       f"run.dir={tmp_path / name}"))
+    assert bad_keys(tmp_path / "with") == ["bad1", "bad2"] and bad_keys(tmp_path / "without") == []
+    scores = [metrics(tmp_path / name)[-1] for name in ("with", "without")]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5) and {"valid_ce", "er", "ctc_er"} <= scores[0].keys()
+    only_bad = late_bad_manifest(tmp_path / "only", good=0)
+    with pytest.raises(ValueError, match="manifest.jsonl: not one of its clips could be read"):
+        call(train_phase2, *from_audio(world, world["manifest"], only_bad, "optim.max_steps=1",
+                                       f"run.dir={tmp_path / 'r'}"))
+
+
+def test_bad_clips_of_valid_count_towards_max_bad(world, tmp_path):
+    valid = late_bad_manifest(tmp_path / "v")
+    with pytest.raises(ValueError, match="2 clips cannot be used, more than data.max_bad=1; the last is bad2: .*NaN"):
+        call(train_phase2, *from_audio(world, world["manifest"], valid, "optim.max_steps=4", "data.max_bad=1",
+                                       f"run.dir={tmp_path / 'r'}"))
+    assert bad_keys(tmp_path / "r") == ["bad1", "bad2"]
+
+
+def test_steps_without_one_readable_clip_do_not_end_the_run(world, tmp_path):
+    train = late_bad_manifest(tmp_path / "t")
+    call(train_phase2, *from_audio(world, train, world["manifest"], "batch_clips=1", "optim.max_steps=4",
+                                   "run.log_every=1", "loss.ctc_weight=0.3", f"run.dir={tmp_path / 'r'}"))
+    losses = [row["ce"] for row in metrics(tmp_path / "r") if "ce" in row]
+    assert len(losses) == 4 and losses.count(0.0) == 2 and all(map(math.isfinite, losses))
+    assert sorted(bad_keys(tmp_path / "r")) == ["bad1", "bad2"]
+
+
+def test_bad_clips_of_all_processes_are_named(world, tmp_path):
+    train = late_bad_manifest(tmp_path / "t", good=0, bad=("a", "b", "c", "d"))
+    torchrun(2, "train_phase2.py", *from_audio(world, train, world["manifest"], "batch_clips=1", "optim.max_steps=2",
+                                               f"run.dir={tmp_path / 'r'}", "device=cpu"))
+    assert sorted(bad_keys(tmp_path / "r")) == ["a", "b", "c", "d"]
 
 
 # ---- losses and schedules ---------------------------------------------------------------------------------------
@@ -385,6 +508,30 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
+@pytest.mark.parametrize("write", [lambda file: torch.save({"a": torch.zeros(10**6)}, file),
+                                   lambda file: np.save(file, np.zeros(10**6)),
+                                   lambda file: file.write(b"0" * 10**6)], ids=["torch", "numpy", "bytes"])
+def test_a_disk_that_fills_up_while_saving_is_named(tmp_path, write):
+    path = tmp_path / "shard.npy"
+    path.write_bytes(b"whole")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))  # the write fails half way, as on a full disk
+    try:
+        with pytest.raises(OSError, match="shard.npy: could not be written .*(too large|disk full).*before is whole"):
+            train_phase1.write_atomic(path, write)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("shard.npy", b"whole")]
+
+
+def test_what_a_kill_left_half_written_goes_with_the_next_write(tmp_path):
+    for name in (".last.pt.4711.tmp", ".other.pt.4711.tmp", ".last.pt.tmp", "last.pt.1.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    train_phase1.write_atomic(tmp_path / "last.pt", lambda file: file.write(b"whole"))
+    kept = [".last.pt.tmp", ".other.pt.4711.tmp", "last.pt", "last.pt.1.tmp"]  # what is not this file's stays
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+
+
 class Malicious:
     def __reduce__(self):
         return os.system, ("touch pwned",)
@@ -417,6 +564,65 @@ def test_a_damaged_adaptor_is_refused_by_name(world, tmp_path, monkeypatch, kind
     assert not (tmp_path / "pwned").exists()
 
 
+def test_tokens_without_a_ctc_class_are_counted_once_at_the_start(world, tmp_path, capsys, qwen3_folder):
+    rows = [json.loads(line) for line in world["manifest"].read_text(encoding="utf-8").splitlines()]
+    rows = [row | {"source": str(world["manifest"].parent / row["source"])} for row in rows]
+    few = tmp_path / "few.jsonl"
+    few.write_text("\n".join(map(json.dumps, rows[:2])), encoding="utf-8")
+    tokenizer = model.load_embedding(qwen3_folder)[1]
+    ids = [model.text_to_ids(tokenizer, row["target"]) for row in rows]
+    unknown = sum(token not in {*ids[0], *ids[1]} for row in ids for token in row)
+    assert unknown > 0
+    said = f"{unknown} of {sum(map(len, ids))} {{}} tokens have no CTC class"
+    one, two = ([a for a in world[phase] if not a.startswith("data.train")] for phase in ("phase1", "phase2"))
+    call(train_phase1, *one, f"data.train={few}", "loss.ctc_weight=1", "optim.max_steps=1", f"run.dir={tmp_path / '1'}")
+    assert capsys.readouterr().out.count(said.format("valid")) == 1
+    call(train_phase2, *two, f"data.train={world['manifest']}", f"init.dir={tmp_path / '1'}", "loss.ctc_weight=1",
+         "optim.max_steps=1", f"run.dir={tmp_path / '2'}")
+    output = capsys.readouterr().out
+    assert said.format("train") in output and said.format("valid") in output
+
+
+@pytest.mark.parametrize(("script", "extra"), [(train_phase1, PHASE1), (train_phase2, PHASE2)], ids=["one", "two"])
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name(world, tmp_path, script, extra, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = [*world["phase1" if script is train_phase1 else "phase2"], *extra, "optim.max_steps=2"]
+    last = tmp_path / "r" / "last.pt"
+    call(script, *arguments, "run.dir=r")
+    good, bytes_ = torch.load(last, weights_only=True), last.read_bytes()
+    name = "phase" if script is train_phase1 else "trained"
+    lacking = good | {name: {k: v for k, v in good[name].items() if k != "adaptor.norm.bias"}}
+    other = good | {"identity": good["identity"] | {"encoder.weights": "abc"}}
+    cases = [(Malicious(), "not a checkpoint of this script"), (good[name], r"not a checkpoint.*\(KeyError\)"),
+             (lacking, "does not fit this configuration: .*adaptor.norm.bias"),
+             (other, "belongs to another encoder or LLM .encoder.weights=abc, now ")]
+    for content, message in cases:
+        torch.save(content, last)
+        with pytest.raises(ValueError, match=f"(?s)last.pt.*{message}"):
+            call(script, *arguments, "run.dir=r", "run.resume=true")
+    assert not (tmp_path / "pwned").exists()
+    last.write_bytes(bytes_[:3000])
+    with pytest.raises(ValueError, match="last.pt: not a checkpoint of this script"):
+        call(script, *arguments, "run.dir=r", "run.resume=true")
+    last.write_bytes(bytes_)
+    with pytest.raises(ValueError, match="(?s)last.pt does not fit this configuration.*size mismatch"):
+        call(script, *arguments, "run.dir=r", "run.resume=true", "adaptor.hidden_dim=16")
+    with pytest.raises(ValueError, match="r: already holds a run; give another run.dir, or run.resume=true"):
+        call(script, *arguments, "run.dir=r")
+
+
+def test_phase_2_refuses_a_phase_1_of_another_encoder_or_llm(world, tmp_path):
+    call(train_phase1, *world["phase1"], "optim.max_steps=1", f"run.dir={tmp_path / '1'}")
+    arguments = [*world["phase2"], f"init.dir={tmp_path / '1'}", "optim.max_steps=1"]
+    call(train_phase2, *arguments, f"run.dir={tmp_path / '2'}")
+    encoder, llm = make_twins.whisper_folder(tmp_path / "e", seed=1), make_twins.qwen3_folder(tmp_path / "l", seed=1)
+    cache = [f"data.train={world['manifest']}", f"cache.dir={tmp_path / 'c'}"]
+    call(precompute, *cache, f"encoder.name={encoder}", "workers=0")
+    for other, key in ((cache[1], "encoder.weights"), (f"llm.name={llm}", "llm.weights")):
+        with pytest.raises(ValueError, match=f"identity.json: belongs to another encoder or LLM .{key}="):
+            call(train_phase2, *arguments, other, f"run.dir={tmp_path / key}")
+
+
 def test_soft_speech_without_a_trained_ctc_head_is_refused(world, tmp_path):
     with pytest.raises(ValueError, match="need a trained CTC head"):
         call(train_phase2, *world["phase2"], "llm.speech=ctc", f"run.dir={tmp_path}")
@@ -427,16 +633,33 @@ def test_a_run_in_which_nothing_trains_is_refused(world, tmp_path):
         call(train_phase2, *world["phase2"], "adaptor.train=false", f"run.dir={tmp_path}")
 
 
-def test_empty_and_impossible_transcripts_are_counted_not_fatal(world, tmp_path, capsys):
+@pytest.mark.parametrize("script", [train_phase1, train_phase2], ids=["one", "two"])
+def test_empty_and_impossible_transcripts_are_counted_not_fatal(world, tmp_path, capsys, script):
     rows = [json.loads(line) for line in world["manifest"].read_text(encoding="utf-8").splitlines()]
     rows = [row | {"source": str(world["manifest"].parent / row["source"])} for row in rows]
     rows[0]["target"], rows[1]["target"] = "", "one two three four " * 40
     manifest = tmp_path / "m.jsonl"
     manifest.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    arguments = [a for a in world["phase1"] if not a.startswith("data.train")]
-    call(train_phase1, *arguments, f"data.train={manifest}", "loss.ctc_weight=1", "optim.max_steps=6",
+    arguments = [a for a in world["phase1" if script is train_phase1 else "phase2"] if not a.startswith("data.train")]
+    call(script, *arguments, f"data.train={manifest}", "loss.ctc_weight=1", "optim.max_steps=6",
          f"run.dir={tmp_path / 'r'}")
     assert "1 clips left out, first utt000: empty transcript" in capsys.readouterr().out
     rows = metrics(tmp_path / "r")
     assert sum(row.get("impossible", 0) for row in rows) >= 1
-    assert all(math.isfinite(row["loss"]) for row in rows if "loss" in row)
+    losses = [row["ctc"] for row in rows if "ctc" in row]
+    assert len(losses) == 3 and all(map(math.isfinite, losses))
+
+
+def test_bf16_autocast_trains_fp32_weights_to_nearly_the_same_losses(world, tmp_path):
+    """The dtypes of a GPU run, on the CPU."""
+    for dtype in ("fp32", "bf16"):
+        folder = tmp_path / dtype
+        shared = [f"dtype={dtype}", "optim.max_steps=2", "run.log_every=1", "adaptor.dropout=0", "loss.ctc_weight=0.3"]
+        call(train_phase1, *world["phase1"], *shared, f"run.dir={folder / '1'}")
+        call(train_phase2, *world["phase2"], *shared, f"init.dir={tmp_path / 'fp32' / '1'}", "llm.lora.r=2",
+             "llm.draft=0.5", "llm.speech=ctc", f"run.dir={folder / '2'}")
+        for part in ("1", "2"):
+            assert {value.dtype for value in weights_of(folder / part).values()} <= {torch.float32, torch.int64}
+    for part, names in (("1", ("nce", "ctc")), ("2", ("ce", "ctc"))):
+        for exact, rounded in zip(metrics(tmp_path / "fp32" / part)[:2], metrics(tmp_path / "bf16" / part)[:2]):
+            assert [exact[name] for name in names] == pytest.approx([rounded[name] for name in names], rel=0.03)
