@@ -107,7 +107,7 @@ def whisper_decoder(cfg, rows):
     """What Whisper's own decoder writes, for comparison: greedy, in batches, 30 s padding as it was trained."""
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-    path = Path(cfg["run"]) / "whisper.json"
+    path, started = Path(cfg["run"]) / "whisper.json", time.time()
     if not path.is_file():
         name = f"{cfg['home']}/models/whisper-tiny.en"
         whisper = WhisperForConditionalGeneration.from_pretrained(name).eval()
@@ -118,8 +118,9 @@ def whisper_decoder(cfg, rows):
             with torch.inference_mode():
                 ids = whisper.generate(feats, max_new_tokens=100, do_sample=False, num_beams=1)
             texts += [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
-        path.write_text(json.dumps(texts))
-    return model.error_rate([row["target"] for row in rows], json.loads(path.read_text()))["rate"]
+        path.write_text(json.dumps({"texts": texts, "seconds": round(time.time() - started, 1)}))
+    found = json.loads(path.read_text())
+    return model.error_rate([row["target"] for row in rows], found["texts"])["rate"], found["seconds"]
 
 
 # ---- phase 1 and pictures ---------------------------------------------------------------------------------------
@@ -194,10 +195,10 @@ def plot_ctc(row, phase, settings, cache, tokenizer, folder):
     bottom.plot(times, log_probs[:, -1].exp(), color="0.7", linestyle=":", label="blank")
     spans = model.ctc_align(log_probs, path, phase.ctc.blank)
     pieces = [tokenizer.decode(phase.ctc.tokens([span[0]])) for span in spans]
-    for word, start, end in model.word_times(spans, pieces, seconds):
-        bottom.text((start + end) / 2, -0.12, word, ha="center", va="top", clip_on=False)
+    for n, (word, start, end) in enumerate(model.word_times(spans, pieces, seconds)):  # two lines: none overlap
+        bottom.text((start + end) / 2, -0.12 - 0.08 * (n % 2), word, ha="center", va="top", clip_on=False)
     bottom.set(ylabel="posterior", ylim=(0, 1.05))
-    bottom.set_xlabel("seconds", labelpad=22)
+    bottom.set_xlabel("seconds", labelpad=32)
     bottom.legend(fontsize=7, ncol=2, loc="upper right")
     save_plot(figure, folder / "ctc.png")
 
@@ -241,8 +242,9 @@ def main(cfg):
     train, _ = run_infer(cfg, "train", train_part)
     phase1 = load_phase1(cfg)
     scores, similarity = retrieval(cfg, manifest, *phase1)
+    whisper_wer, whisper_seconds = whisper_decoder(cfg, test)
     results = {
-        "whisper_wer": whisper_decoder(cfg, test), "ctc_wer": summary["ctc_error_rate"],
+        "whisper_wer": whisper_wer, "ctc_wer": summary["ctc_error_rate"],
         "llm_wer": summary["error_rate"], "llm_wer_train": train["error_rate"],
         "llm_wer_no_draft": no_draft["error_rate"], "llm_wer_wrong_audio": wrong["error_rate"],
         "retrieval_r1": scores["r1_a2t"], "n_test_utterances": len(rows), "n_test_words": summary["n_units"],
@@ -252,6 +254,7 @@ def main(cfg):
         results["other_speakers_llm_wer"] = run_infer(cfg, "other", other)[0]["error_rate"]
         results["other_speakers_r1"] = retrieval(cfg, other, *phase1)[0]["r1_a2t"]
     results["seconds"] = json.loads((Path(cfg["run"]) / "seconds.json").read_text(encoding="utf-8"))
+    results["seconds"]["Whisper's decoder"] = whisper_seconds
     # the first run's results stand at the top of the folder; those of another `run` inside it
     home = Path(cfg["home"]) if cfg["run"] == f"{cfg['home']}/run" else Path(cfg["run"])
     (home / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")

