@@ -1004,16 +1004,8 @@ def greedy_decode(llm, spliced, stop_id, max_new_tokens, repetition_penalty=1.0,
         going = []
         for slot, (row, token) in enumerate(zip(list(alive), chosen.tolist())):
             scores[row] += gained[slot]
-            if token == stop_id:
-                continue
-            answers[row].append(token)
-            if cut_loop(answers[row]):
-                continue
-            if len(answers[row]) < max_new_tokens[row]:
+            if add_token(answers[row], token, stop_id, max_new_tokens[row]):
                 going.append(slot)
-            else:  # it did not end by itself, so what it said last may well be the start of a loop
-                while cut_loop(answers[row], least=2, tokens=2):
-                    pass
         if len(going) < len(alive):
             keep = torch.tensor(going, dtype=torch.long, device=device)
             cache.batch_select_indices(keep)
@@ -1048,6 +1040,20 @@ def token_cap(seconds, ctc_tokens=None):
     """
     cap = 8 + math.ceil(12 * seconds)
     return cap if ctc_tokens is None else min(cap, 4 + math.ceil(1.5 * ctc_tokens))
+
+
+def add_token(answer, token, stop_id, cap):
+    """Append a decoded token. False ends the answer: the stop token (left out), a loop (cut back), or the cap."""
+    if token == stop_id:
+        return False
+    answer.append(token)
+    if cut_loop(answer):
+        return False
+    if len(answer) < cap:
+        return True
+    while cut_loop(answer, least=2, tokens=2):  # it did not end by itself: what it said last may well start a loop
+        pass
+    return False
 
 
 def cut_loop(ids, longest=32, least=3, tokens=16):
