@@ -222,14 +222,13 @@ def transformers_names(state, num_blocks):
         "feed_forward.w_1": "mlp.fc1", "feed_forward.w_2": "mlp.fc2",
     }  # fmt: skip
     first_block = {"encoders0": 0, "encoders": 1, "tp_encoders": num_blocks}
-    last_block = {"after_norm": num_blocks - 1}
+    tp_blocks = len({name.split(".")[1] for name in state if name.startswith("tp_encoders.")})
+    norm_of = {"after_norm": num_blocks - 1, "tp_norm": num_blocks + tp_blocks - 1}
     renamed = {}
     for name, value in state.items():
         stack, *rest = name.split(".")
-        if stack in ("after_norm", "tp_norm"):
-            tp_blocks = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("tp_encoders."))
-            block = last_block.get(stack, num_blocks + tp_blocks - 1)
-            renamed[f"layers.{block}.final_layernorm.{rest[0]}"] = value
+        if stack in norm_of:
+            renamed[f"layers.{norm_of[stack]}.final_layernorm.{rest[0]}"] = value
             continue
         block, part, kind = first_block[stack] + int(rest[0]), ".".join(rest[1:-1]), rest[-1]
         if part == "self_attn.linear_q_k_v":
