@@ -1,8 +1,8 @@
-# make setup | make test | make demo [SPEECH=folder/manifest.jsonl]
+# make setup | make test | make demo [SPEECH=folder/manifest.jsonl] | make bench
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: setup test lint demo
+.PHONY: setup test lint demo bench
 
 setup: .venv/.done
 
@@ -19,3 +19,7 @@ lint: setup
 
 demo: setup
 	$(PY) demo.py $(if $(SPEECH),"speech=$(SPEECH)") $(ARGS)
+
+# glibc would give large blocks back to the system at every free; baseline and ours both run without that
+bench: setup
+	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 $(PY) bench.py $(ARGS)

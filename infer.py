@@ -75,6 +75,7 @@ DEFAULTS = {
     "decode.max_new_tokens": 0,  # per segment; 0: by its duration
     "decode.repetition_penalty": 1.0,
     "decode.no_repeat_ngram_size": 0,
+    "decode.speculative": True,  # the LLM checks the CTC 1-best in one pass and goes on from there: same text, sooner
     "decode.ctc_weight": 0.0,  # > 0: choose among the LLM's answer and the CTC beam by w log p_CTC + (1-w) log p_LLM
     "decode.beam": 8,  # of that CTC beam
     "translate": "",  # e.g. English: the same LLM, without LoRA, translates each segment's transcript
@@ -503,8 +504,11 @@ def transcribe(batch, rows, listener, cfg):
         spliced = model.splice(listener.llm.get_input_embeddings(), prompts, speech, speech_lens, pad_left=True)
         caps = [cfg["decode.max_new_tokens"] or model.token_cap(end - start, count)
                 for (*_, start, end), count in zip(batch, counts)]
+        guesses = None
+        if ctc is not None and cfg["decode.speculative"]:
+            guesses = [model.text_to_ids(tokenizer, draft) for draft in drafts]
         answers, _ = model.greedy_decode(listener.llm, spliced, listener.stop_id, caps,
-                                         cfg["decode.repetition_penalty"], cfg["decode.no_repeat_ngram_size"])
+                                         cfg["decode.repetition_penalty"], cfg["decode.no_repeat_ngram_size"], guesses)
         if cfg["decode.ctc_weight"] > 0 and ctc is not None:
             clips = zip(answers, log_probs, emb_lens, prompts, speech, speech_lens)
             answers = [choose(answer, scores[:length], prompt, heard[:positions], listener, cfg)

@@ -13,6 +13,7 @@ V vocabulary. `x (B, T, W)` travels with `lens (B,)`; a bool mask is True where 
 import hashlib
 import json
 import math
+import os
 import re
 import unicodedata
 from pathlib import Path
@@ -191,9 +192,11 @@ class SANMAttention(nn.Module):
     def forward(self, x, mask):  # x (B, T, C), mask (B, T)
         query, key, value = self.linear_q_k_v(x).chunk(3, dim=-1)  # each (B, T, W)
         keep = mask[..., None].to(value.dtype)  # (B, T, 1); multiplied, so that padding never leaks into the memory
-        kept = (value * keep).transpose(1, 2)  # (B, W, T)
-        memory = (self.fsmn_block(F.pad(kept, (self.left, self.right))) + kept).transpose(1, 2)  # (B, T, W)
-        memory = F.dropout(memory, self.dropout, self.training) * keep
+        kept = value * keep  # (B, T, W)
+        padded = F.pad(kept, (0, 0, self.left, self.right)).transpose(1, 2)[:, :, None]  # (B, W, 1, T + kernel - 1)
+        # as an image of height 1 with channels last: conv1d would copy to channels first and back, 5 x slower on a CPU
+        memory = F.conv2d(padded, self.fsmn_block.weight[:, :, None], groups=padded.shape[1])  # (B, W, 1, T)
+        memory = F.dropout(memory[:, :, 0].transpose(1, 2) + kept, self.dropout, self.training) * keep
         query, key, value = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
         attended = F.scaled_dot_product_attention(  # (B, heads, T, W/heads)
             query, key, value, attn_mask=mask[:, None, None], dropout_p=self.dropout if self.training else 0.0
@@ -207,7 +210,7 @@ class SANMFeedForward(nn.Module):
         self.w_1, self.w_2, self.dropout = nn.Linear(size, hidden), nn.Linear(hidden, size), dropout
 
     def forward(self, x):
-        return self.w_2(F.dropout(F.relu(self.w_1(x)), self.dropout, self.training))
+        return self.w_2(F.dropout(F.relu(self.w_1(x), inplace=True), self.dropout, self.training))
 
 
 class SANMLayer(nn.Module):
@@ -1013,11 +1016,14 @@ def transcript_loss(llm, spliced, shared=0):
 
 
 @torch.no_grad()
-def greedy_decode(llm, spliced, stop_id, max_new_tokens, repetition_penalty=1.0, no_repeat_ngram_size=0):
+def greedy_decode(llm, spliced, stop_id, max_new_tokens, repetition_penalty=1.0, no_repeat_ngram_size=0, drafts=None):
     """Greedy decoding from spliced embeddings (left-padded), finished rows dropped on the way.
 
     Input   max_new_tokens: list with one cap per row (from the clip's duration). A row that repeats itself
             (cut_loop) is cut back to one copy: a loop is never a transcript.
+            drafts: a guess at each answer, list of id lists, for speculative decoding: the LLM reads the guess in the
+            same pass as the prompt and keeps it up to the first token that it would not have written itself. The
+            answers are those without drafts, in fewer passes. Ignored where repetition is penalised.
     Output  (list of id lists without the stop token, list of sums of log-probabilities).
     """
     from transformers import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
@@ -1028,38 +1034,73 @@ def greedy_decode(llm, spliced, stop_id, max_new_tokens, repetition_penalty=1.0,
         processors.append(NoRepeatNGramLogitsProcessor(no_repeat_ngram_size))
     device, rows = spliced["inputs_embeds"].device, len(max_new_tokens)
     answers, scores, alive = [[] for _ in range(rows)], [0.0] * rows, list(range(rows))
+    guesses = [[] for _ in range(rows)] if drafts is None or processors else [list(draft) for draft in drafts]
     cache, mask, position = DynamicCache(config=llm.config), spliced["attention_mask"], spliced["position_ids"]
     step_input = {"inputs_embeds": spliced["inputs_embeds"]}
-    while alive:
+    while True:
+        width = max(len(guesses[row]) for row in alive)
+        if width:
+            step_input, mask, position = append_guesses(llm, step_input, mask, position, [guesses[r] for r in alive])
         hidden = llm.model(**step_input, attention_mask=mask, position_ids=position, past_key_values=cache,
                            use_cache=True).last_hidden_state
-        ranked = llm.lm_head(hidden[:, -1]).float()  # (alive, V); the processors are defined on logits
+        ranked = llm.lm_head(hidden[:, -1 - width :]).float()  # (alive, 1 + width, V); processors work on logits
         log_probs = ranked.log_softmax(-1)
         for processor in processors:
-            ranked = processor(torch.tensor([answers[i] for i in alive], dtype=torch.long, device=device), ranked)
-        chosen = ranked.argmax(-1)
-        gained = log_probs.gather(1, chosen[:, None])[:, 0].tolist()
-        going = []
-        for slot, (row, token) in enumerate(zip(list(alive), chosen.tolist())):
-            scores[row] += gained[slot]
-            if token == stop_id:
-                continue
-            answers[row].append(token)
-            if cut_loop(answers[row]):
-                continue
-            if len(answers[row]) < max_new_tokens[row]:
+            said = torch.tensor([answers[i] for i in alive], dtype=torch.long, device=device)
+            ranked = processor(said, ranked[:, 0])[:, None]
+        chosen = ranked.argmax(-1)  # (alive, 1 + width): what follows the known text, and each guessed token
+        gained = log_probs.gather(2, chosen[..., None])[..., 0].tolist()
+        going, agreed = [], []
+        for slot, (row, tokens) in enumerate(zip(alive, chosen.tolist())):
+            guess, right = guesses[row], 0
+            while True:
+                scores[row] += gained[slot][right]
+                goes_on = add_token(answers[row], tokens[right], stop_id, max_new_tokens[row])
+                if not goes_on or right == len(guess) or guess[right] != tokens[right]:
+                    break
+                right += 1
+            if goes_on:
                 going.append(slot)
-            else:  # it did not end by itself, so what it said last may well be the start of a loop
-                while cut_loop(answers[row], least=2, tokens=2):
-                    pass
+                agreed.append(right)
+                guesses[row] = rest_of_guess(guess[right:], tokens[right])
+        if not going:
+            return answers, scores
+        keep, agreed = torch.tensor([going, agreed], device=device)
         if len(going) < len(alive):
-            keep = torch.tensor(going, dtype=torch.long, device=device)
             cache.batch_select_indices(keep)
             mask, position, chosen, alive = mask[keep], position[keep], chosen[keep], [alive[s] for s in going]
+        if width:  # what was guessed wrong leaves the cache; where another row was right, the mask has a hole
+            known, longest = mask.shape[1] - width, int(agreed.max())
+            if longest < width:
+                cache.crop(longest - width)
+            mask = torch.cat([mask[:, :known], length_mask(agreed, longest).to(mask.dtype)], dim=1)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        position = position[:, -1:] + 1
-        step_input = {"input_ids": chosen[:, None]}
-    return answers, scores
+        position = position[:, -1 - width, None] + 1 + agreed[:, None]
+        step_input = {"input_ids": chosen.gather(1, agreed[:, None])}
+
+
+def append_guesses(llm, step_input, mask, position, guesses):
+    """Put guesses (list of id lists) behind what the LLM reads next, padded on the right."""
+    lens = torch.tensor([len(guess) for guess in guesses], device=mask.device)
+    ids = pad_sequence([torch.tensor(guess, dtype=torch.long) for guess in guesses], True).to(mask.device)
+    if "input_ids" in step_input:
+        step_input = {"input_ids": torch.cat([step_input["input_ids"], ids], dim=1)}
+    else:
+        embeds = step_input["inputs_embeds"]
+        words = llm.get_input_embeddings()(ids).to(embeds.dtype)
+        step_input = {"inputs_embeds": torch.cat([embeds, words], dim=1)}
+    steps = torch.arange(1, ids.shape[1] + 1, device=mask.device)
+    mask = torch.cat([mask, length_mask(lens, ids.shape[1]).to(mask.dtype)], dim=1)
+    return step_input, mask, torch.cat([position, position[:, -1:] + steps], dim=1)
+
+
+def rest_of_guess(rest, token):
+    """What of a guess is still worth reading after the LLM wrote `token` where it continues with `rest`.
+
+    Where the token comes soon the guess had something too much; else it had another token in its place.
+    """
+    soon = rest[:4]
+    return rest[soon.index(token) + 1 :] if token in soon else rest[1:]
 
 
 @torch.no_grad()
@@ -1087,6 +1128,20 @@ def token_cap(seconds, ctc_tokens=None):
     """
     cap = 8 + math.ceil(12 * seconds)
     return cap if ctc_tokens is None else min(cap, 4 + math.ceil(1.5 * ctc_tokens))
+
+
+def add_token(answer, token, stop_id, cap):
+    """Append a decoded token. False ends the answer: the stop token (left out), a loop (cut back), or the cap."""
+    if token == stop_id:
+        return False
+    answer.append(token)
+    if cut_loop(answer):
+        return False
+    if len(answer) < cap:
+        return True
+    while cut_loop(answer, least=2, tokens=2):  # it did not end by itself: what it said last may well start a loop
+        pass
+    return False
 
 
 def cut_loop(ids, longest=32, least=3, tokens=16):
@@ -1184,13 +1239,14 @@ def read_manifest(spec):
 def read_lines(path):
     """Lines of a UTF-8 file, ended by "\\n" only: str.splitlines also cuts at U+2028 or U+0085 inside a transcript."""
     try:
-        return path.read_text(encoding="utf-8-sig").split("\n")
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
+            yield from file
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error}); convert it first") from error
 
 
 def read_jsonl(path):
-    rows = []
+    rows, folder = [], os.path.dirname(path)
     for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
@@ -1204,7 +1260,9 @@ def read_jsonl(path):
         for field in ("key", "source", "target"):
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
                 raise ValueError(f"{where}: {field!r} is missing or not a string; a line needs key, source and target")
-        rows.append(row | {"source": str(path.parent / row["source"]), "where": where})
+        row["source"] = os.path.join(folder, row["source"])  # pathlib takes 5 x as long, which millions of rows feel
+        row["where"] = where
+        rows.append(row)
     return rows
 
 

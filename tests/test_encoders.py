@@ -12,6 +12,7 @@ from make_twins import randomise, spoken
 from torch import nn
 
 import model
+from bench import transformers_names
 
 SMALL = {"output_size": 32, "attention_heads": 4, "linear_units": 64, "num_blocks": 3, "tp_blocks": 2}
 
@@ -48,29 +49,6 @@ def assert_same_rows(enc, expected, lens, atol):
         torch.testing.assert_close(enc[row, :n], expected[row, :n], atol=atol, rtol=0)
 
 
-def transformers_names(state):
-    """FunASR's names -> those of transformers' fun_asr_nano encoder (block 0, 49 blocks, 20 blocks in one list)."""
-    parts = {
-        "self_attn.linear_out": "self_attn.o_proj", "self_attn.fsmn_block": "self_attn.fsmn.conv",
-        "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
-        "feed_forward.w_1": "mlp.fc1", "feed_forward.w_2": "mlp.fc2",
-    }  # fmt: skip
-    first_block = {"encoders0": 0, "encoders": 1, "tp_encoders": 50}
-    renamed = {}
-    for name, value in state.items():
-        stack, *rest = name.split(".")
-        if stack in ("after_norm", "tp_norm"):
-            renamed[f"layers.{49 if stack == 'after_norm' else 69}.final_layernorm.{rest[0]}"] = value
-            continue
-        block, part, kind = first_block[stack] + int(rest[0]), ".".join(rest[1:-1]), rest[-1]
-        if part == "self_attn.linear_q_k_v":
-            for letter, piece in zip("qkv", value.chunk(3)):
-                renamed[f"layers.{block}.self_attn.{letter}_proj.{kind}"] = piece
-        else:
-            renamed[f"layers.{block}.{parts[part]}.{kind}"] = value
-    return renamed
-
-
 def test_released_sizes(full_encoder):
     assert sum(p.numel() for p in full_encoder.parameters()) == 221_136_992
     assert len(full_encoder.state_dict()) == 914
@@ -96,7 +74,7 @@ def test_equals_transformers_at_70_blocks(full_encoder, full_output):
     positions = FunAsrNanoEncoder(FunAsrNanoEncoderConfig(num_hidden_layers=2, num_timestamp_prediction_layers=1))
     with torch.device("meta"):
         theirs = FunAsrNanoEncoder(FunAsrNanoEncoderConfig()).eval()
-    theirs.load_state_dict(transformers_names(full_encoder.state_dict()), strict=True, assign=True)
+    theirs.load_state_dict(transformers_names(full_encoder.state_dict(), num_blocks=50), strict=True, assign=True)
     theirs.position_embeddings = positions.position_embeddings  # not in the state dict
     feats, lens, enc = full_output
     expected = theirs(feats, model.length_mask(lens, feats.shape[1]).long()).last_hidden_state

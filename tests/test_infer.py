@@ -78,6 +78,10 @@ def test_a_batch_equals_single_clips_and_the_order_is_that_of_the_inputs(world, 
     assert list(texts(outcome)) == [row["key"] for row in model.read_manifest(world.manifest)]
 
 
+def test_speculative_decoding_changes_no_text(world, outcome):
+    assert call(infer, world.dir, world.manifest, "decode.speculative=false")["results"] == outcome["results"]
+
+
 def test_worker_processes_change_nothing(world, outcome):
     assert call(infer, world.dir, world.manifest, "workers=2")["results"] == outcome["results"]
 

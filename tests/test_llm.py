@@ -369,6 +369,58 @@ def test_each_row_has_its_own_cap(llm, tokenizer, no_loop_cut):
     assert capped == [free[0][:3], free[1], free[2][:1]]
 
 
+def plain_and_drafted(llm, spliced, make_draft, stop=NO_STOP, caps=(STEPS,) * 3):
+    """Answers and scores without drafts and with make_draft(answer), and the number of passes with them."""
+    plain, scores = model.greedy_decode(llm, spliced, stop, caps)
+    passes, real = [], llm.model.forward
+    llm.model.forward = lambda *args, **kwargs: (passes.append(1), real(*args, **kwargs))[1]
+    try:
+        drafted, drafted_scores = model.greedy_decode(llm, spliced, stop, caps, drafts=[make_draft(a) for a in plain])
+    finally:
+        del llm.model.forward
+    assert drafted == plain
+    assert drafted_scores == pytest.approx(scores, abs=1e-3)
+    return len(passes)
+
+
+DRAFTS = {
+    "right": lambda answer: answer,
+    "right and too long": lambda answer: answer + [5, 6, 7],
+    "one replaced": lambda answer: [*answer[:3], 7, *answer[4:]],
+    "one too much": lambda answer: [*answer[:3], 7, *answer[3:]],
+    "one missing": lambda answer: [*answer[:3], *answer[4:]],
+    "cut short": lambda answer: answer[:2],
+    "wrong from the start": lambda answer: [7, 9, 11, 13],
+    "only in one row": lambda answer, seen=[]: (seen.append(1), answer if len(seen) == 2 else [])[1],  # noqa: B006
+    "empty": lambda answer: [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_drafts_change_no_answer(llm, tokenizer, no_loop_cut, name, seed):
+    spliced = example_batch(llm, tokenizer, pad_left=True, targets=False, seed=seed)
+    passes = plain_and_drafted(llm, spliced, DRAFTS[name], caps=(STEPS, 4, STEPS))
+    if name.startswith("right"):
+        assert passes <= 2
+    elif name.startswith("one "):
+        assert passes < STEPS - 2, "what follows a wrong token should be offered again"
+
+
+def test_drafts_change_no_answer_that_stops_or_loops(llm, tokenizer):
+    spliced = example_batch(llm, tokenizer, pad_left=True, targets=False)
+    free, _ = model.greedy_decode(llm, spliced, NO_STOP, [STEPS] * 3)
+    for stop in {free[0][1], free[1][2], free[2][-1]}:
+        for make_draft in (lambda answer, stop=stop: [*answer, stop, 5, 6], lambda answer: [*answer, *answer]):
+            plain_and_drafted(llm, spliced, make_draft, stop, (60, 3, 60))
+
+
+def test_drafts_are_ignored_where_repetition_is_penalised(llm, tokenizer, no_loop_cut):
+    spliced, options = example_batch(llm, tokenizer, pad_left=True, targets=False), {"repetition_penalty": 1.5}
+    plain = model.greedy_decode(llm, spliced, NO_STOP, [STEPS] * 3, **options)
+    assert model.greedy_decode(llm, spliced, NO_STOP, [STEPS] * 3, **options, drafts=[[5, 6]] * 3) == plain
+
+
 def test_scores_are_log_probabilities_of_the_answer(llm, tokenizer, no_loop_cut):
     spliced = row(example_batch(llm, tokenizer, pad_left=True, targets=False), 0)
     (answer,), (score,) = model.greedy_decode(llm, spliced, NO_STOP, [5])

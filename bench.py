@@ -1,0 +1,676 @@
+"""Speed: every stage against the way it is usually done, on the same work in the same run, outputs shown to be equal.
+
+    python bench.py                             # = make bench: the demo's models and speech, after make demo
+    python bench.py --size tiny                 # random weights, seconds: checks that every row works
+    python bench.py --size full --device cuda   # SenseVoice-Small + 207.7 M adaptor + Qwen3-4B: shapes, random weights
+    python bench.py --stages encoder,infer_batch1
+
+Output  a table, and bench.json: machine, versions and `rows`, each with stage, baseline_s, ours_s (medians), their
+        spreads (longest - shortest), ratio, equal, peak_mb and baseline_peak_mb (of the process; on CUDA of torch's
+        allocator), audio_s, audio_s_per_s, usual (what the baseline is); encoder also transformers_s; on CUDA tflops
+        and mfu against a matmul measured here, and minutes_aishell for the two phases.
+Fair    Baseline and ours run in turns in one process with the same number of threads, after one untimed run each. Both
+        begin at the same audio files (steps of phase 1 and 2: at cached encoder outputs) and end at the same
+        thing. `equal` compares what they return: features, encoder outputs, loss and gradients of one common batch,
+        texts. Dropout is off, and the learning rate of the steps is 0 (AdamW does all its work and moves nothing), so
+        that every repeat sees the same weights.
+Usual   one clip at a time, Whisper padded to 30 s (with a mask, or the outputs could not be compared), a forward hook,
+        one .pt file a clip; random batches padded to their longest clip; fp32; the LLM's weights left trainable, logits
+        at all positions; transformers' `generate` on one clip at a time.
+Guess   --size full has no trained weights, so the CTC draft is what plain decoding says, 3 % of its tokens replaced:
+        about the error rate of SenseVoice's own CTC on AISHELL-1.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import random
+import re
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.flop_counter import FlopCounterMode
+
+import infer
+import model
+import precompute
+import train_phase1
+import train_phase2
+
+STAGES = ("fbank", "encoder", "precompute", "phase1_step", "phase2_step", "finetune_step", "infer_batch1",
+          "infer_batch32")
+# clips: that are heard, or trained on; batch: clips per training step; encoder, adaptor, llm: shapes of random weights
+SIZES = {
+    "tiny": {
+        "clips": 6, "batch": 3, "encoder_batch": (2, 1.0), "workers": 0,
+        "encoder": {"output_size": 32, "attention_heads": 4, "linear_units": 64, "num_blocks": 3, "tp_blocks": 2},
+        "adaptor": {"adaptor.hidden_dim": 32, "adaptor.num_layers": 1, "adaptor.num_heads": 4},
+        "llm": {"vocab_size": 400, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.2},
+    },
+    "demo": {"clips": 32, "batch": 16, "encoder_batch": (8, 10.0), "workers": 0, "encoder": {}},
+    "full": {
+        "clips": 512, "batch": 64, "encoder_batch": (64, 10.0), "workers": 12, "encoder": {},
+        "adaptor": {"adaptor.hidden_dim": 2048, "adaptor.num_layers": 4, "adaptor.num_heads": 8},
+        "llm": {"vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+                "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+    },
+}  # fmt: skip
+WINDOW_S = 30  # Whisper's
+AISHELL_TRAIN_S = 150.85 * 3600
+EPOCHS = {"phase1_step": 10, "phase2_step": 3}  # of the original release, which took 80 and 90 minutes
+CTC_ERROR = 0.03  # share of wrong tokens in a random draft
+
+
+# ---- models and speech ------------------------------------------------------------------------------------------
+
+
+class NumberTokenizer:
+    """Stands in where weights are random: token 17 reads " 17". Its chat turns have the length of Qwen3's."""
+
+    def __call__(self, text, add_special_tokens=False):
+        return {"input_ids": [int(number) for number in re.findall(r"\d+", text)]}
+
+    def decode(self, ids, skip_special_tokens=False):
+        return "".join(f" {number}" for number in ids)
+
+    def apply_chat_template(self, messages, tokenize=False, add_generation_prompt=False, **_):
+        around = {"system": " 1 2 {} 3", "user": " 1 4 {} 3", "assistant": " 1 5 6 7 {} 3"}
+        text = "".join(around[message["role"]].format(message["content"]) for message in messages)
+        return text + " 1 5 6 7" * add_generation_prompt
+
+
+class RandomEncoder(model.KaldiEncoder):
+    """SenseVoice's encoder in Fun-ASR-Nano's manner (no query frames, no CMVN) without its files; dropout 0."""
+
+    def __init__(self, **sizes):
+        net = model.SenseVoiceEncoder(560, **sizes, dropout_rate=0.0, attention_dropout_rate=0.0)
+        model.SpeechEncoder.__init__(self, net, net.output_size, 60.0, {"name": "random"})
+        self.cmvn, self.keep_query_frames, self.ctc_tokenizer = None, False, None
+
+
+def random_world(args, size, device, dtype, folder):
+    """Models with random weights, made on the device, and noise as long as AISHELL-1's clips."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        encoder = model.freeze(RandomEncoder(**size["encoder"]))
+        config = Qwen3Config(**size["llm"], tie_word_embeddings=True, pad_token_id=None, eos_token_id=None,
+                             bos_token_id=None, dtype=dtype)
+        llm = model.freeze(Qwen3ForCausalLM._from_config(config, attn_implementation="sdpa", dtype=dtype))
+        table = llm.get_input_embeddings().weight
+        shape = [size["adaptor"][f"adaptor.{name}"] for name in ("hidden_dim", "num_layers", "num_heads")]
+        adaptor = model.AudioAdaptor(encoder.width, table.shape[1], *shape, dropout=0.0,
+                                     embedding_rms=model.embedding_rms(table))
+    settings = size["adaptor"] | {"adaptor.stack": 1, "adaptor.pre_norm": False, "llm.speech": "frames",
+                                  "llm.prompt": "11 12 13 14 15 16 17 18 19 20", "llm.system": None}
+    rng, rows = random.Random(0), []
+    for number in range(2 * size["clips"]):
+        seconds = min(14.5, max(1.2, rng.lognormvariate(1.462, 0.3)))  # mean 4.52 s; the deviation is a guess
+        ids = [rng.randrange(50, min(4000, size["llm"]["vocab_size"])) for _ in range(round(seconds * 15 / 4.52))]
+        path = folder / f"{number}.wav"
+        noise = np.random.default_rng(number).normal(0, 0.05, round(16000 * seconds))
+        soundfile.write(path, noise.astype(np.float32), 16000, subtype="PCM_16")
+        rows.append({"key": str(number), "source": str(path), "target": " ".join(map(str, ids)), "ids": ids})
+    tokenizer = NumberTokenizer()
+    listener = SimpleNamespace(
+        encoder=encoder, adaptor=model.freeze(adaptor), ctc=None, llm=llm, tokenizer=tokenizer, draft=False,
+        stop_id=model.end_of_turn(tokenizer), settings=settings, device=device, dtype=dtype, position_s=0.06)
+    return listener, rows[: size["clips"]], rows[size["clips"] :]
+
+
+def demo_world(args, size, device, dtype):
+    """What `make demo` trained, its training clips, and the held-out ones to be heard."""
+    for path in (f"{args.model}/config.json", f"{args.data}/test.jsonl"):
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: not there; run `make demo` first, or give --model and --data, or --size tiny")
+    listener = infer.load_listener(infer.load_config([f"model.dir={args.model}"], infer.DEFAULTS), device, dtype)
+    parts = []
+    for name in ("train_real", "test"):
+        unique = {model.normalize_text(r["target"]): r for r in model.read_manifest(f"{args.data}/{name}.jsonl")}
+        rows = [row | {"speech": row["source"], "ids": model.text_to_ids(listener.tokenizer, text)}
+                for text, row in unique.items()]
+        order = sorted(range(len(rows)), key=lambda i: model.hash_text(rows[i]["key"]))[: size["clips"]]
+        parts.append([rows[i] for i in order])
+    return listener, *parts
+
+
+def make_world(args, folder):
+    """Everything that stages share: listener, training and test clips with their lengths, fp32 copy of the LLM."""
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but torch sees no GPU here")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    size = SIZES[args.size]
+    if args.size == "demo":
+        listener, train, test = demo_world(args, size, device, dtype)
+    else:
+        listener, train, test = random_world(args, size, device, dtype, folder)
+    for row in train + test:
+        row |= {"speech": row["source"], "seconds": soundfile.info(row["source"]).duration, "speed": 1.0}
+        row["frames"] = listener.encoder.num_frames(round(row["seconds"] * listener.encoder.sample_rate))
+    return SimpleNamespace(
+        size=size, device=device, dtype=dtype, folder=folder, listener=listener, train=train, test=test,
+        encoder=listener.encoder, tolerance=1e-3 if dtype == torch.float32 else 0.1,
+        whisper=isinstance(listener.encoder, model.WhisperEncoder), args=args)
+
+
+def last_norm(encoder):
+    """The module whose output is the encoder's: where the usual way hangs its hook."""
+    return encoder.net.layer_norm if isinstance(encoder, model.WhisperEncoder) else encoder.net.tp_norm
+
+
+def window_features(world, row):
+    """Features (1, T, F) and their real number (1,): Whisper's padded to 30 s, as its own extractor gives them."""
+    encoder = world.encoder
+    feats = encoder.features(model.load_audio(row["source"], encoder.sample_rate), f"0-{row['key']}")
+    lens = torch.tensor([len(feats)], device=world.device)
+    if world.whisper:
+        feats = F.pad(feats, (0, 0, 0, WINDOW_S * 100 - len(feats)))  # 10 ms a mel frame
+    return feats[None].to(world.device), lens
+
+
+def close(ours, theirs, tolerance):
+    """Every pair of tensors equal to `tolerance` times the largest value."""
+    return len(ours) == len(theirs) and all(
+        a.shape == b.shape and bool(((a.float() - b.float()).abs().max() <= tolerance * b.float().abs().max()).item())
+        for a, b in zip(ours, theirs))
+
+
+def stage(usual, ours, equal, audio_s, what, **more):
+    """A row to be measured: two functions without arguments, and one that compares what they returned."""
+    return SimpleNamespace(usual=usual, ours=ours, equal=equal, audio_s=audio_s, what=what, more=more)
+
+
+# ---- features, encoder, precompute ------------------------------------------------------------------------------
+
+
+def fbank(world):
+    from funasr.frontends.wav_frontend import WavFrontend
+
+    waves = [model.load_audio(row["source"], 16000) for row in world.train]
+    usual = WavFrontend(fs=16000, window="hamming", n_mels=80, frame_length=25, frame_shift=10, lfr_m=7, lfr_n=6,
+                        dither=0.0)  # each way has its own random numbers, so neither dithers here
+
+    def theirs():
+        return [usual(wave[None], torch.tensor([len(wave)]))[0][0] for wave in waves]
+
+    def ours():
+        return [model.wav_frontend(wave, dither=0.0) for wave in waves]
+
+    return stage(theirs, ours, lambda a, b: close(b, a, 1e-4), sum(map(len, waves)) / 16000, "funasr's WavFrontend")
+
+
+def transformers_names(state, num_blocks):
+    """FunASR's names -> those of transformers' fun_asr_nano encoder, which has all blocks in one list."""
+    parts = {
+        "self_attn.linear_out": "self_attn.o_proj", "self_attn.fsmn_block": "self_attn.fsmn.conv",
+        "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
+        "feed_forward.w_1": "mlp.fc1", "feed_forward.w_2": "mlp.fc2",
+    }  # fmt: skip
+    first_block = {"encoders0": 0, "encoders": 1, "tp_encoders": num_blocks}
+    tp_blocks = len({name.split(".")[1] for name in state if name.startswith("tp_encoders.")})
+    norm_of = {"after_norm": num_blocks - 1, "tp_norm": num_blocks + tp_blocks - 1}
+    renamed = {}
+    for name, value in state.items():
+        stack, *rest = name.split(".")
+        if stack in norm_of:
+            renamed[f"layers.{norm_of[stack]}.final_layernorm.{rest[0]}"] = value
+            continue
+        block, part, kind = first_block[stack] + int(rest[0]), ".".join(rest[1:-1]), rest[-1]
+        if part == "self_attn.linear_q_k_v":
+            for letter, piece in zip("qkv", value.chunk(3)):
+                renamed[f"layers.{block}.self_attn.{letter}_proj.{kind}"] = piece
+        else:
+            renamed[f"layers.{block}.{parts[part]}.{kind}"] = value
+    return renamed
+
+
+def encoder(world):
+    """One padded batch through SenseVoice's encoder (in tiny: a small one), three implementations, same weights."""
+    from funasr.models.sense_voice.model import SenseVoiceEncoderSmall
+    from transformers.models.fun_asr_nano.modeling_fun_asr_nano import FunAsrNanoEncoder, FunAsrNanoEncoderConfig
+
+    torch.manual_seed(0)
+    sizes = {"output_size": 512, "attention_heads": 4, "linear_units": 2048, "num_blocks": 50, "tp_blocks": 20}
+    sizes |= world.size["encoder"]
+    with torch.device(world.device):
+        net = model.freeze(model.SenseVoiceEncoder(**sizes))
+    usual = SenseVoiceEncoderSmall(560, **sizes).to(world.device).eval()
+    usual.load_state_dict(net.state_dict())
+    port = FunAsrNanoEncoder(FunAsrNanoEncoderConfig(
+        hidden_size=sizes["output_size"], num_attention_heads=sizes["attention_heads"],
+        intermediate_size=sizes["linear_units"], num_hidden_layers=sizes["num_blocks"] + sizes["tp_blocks"],
+        num_timestamp_prediction_layers=sizes["tp_blocks"])).to(world.device).eval()
+    port.load_state_dict(transformers_names(net.state_dict(), sizes["num_blocks"]))
+    clips, seconds = world.size["encoder_batch"]
+    frames = model.lfr_frames(model.fbank_frames(round(16000 * seconds)))
+    feats = torch.randn(clips, frames, 560, device=world.device)
+    lens = torch.full((clips,), frames, device=world.device)
+    lens[-1] = frames // 2  # one row with padding, so that masks are compared too
+    mask = model.length_mask(lens, frames)
+
+    @torch.inference_mode()
+    def theirs():
+        return usual(feats.clone(), lens)[0][mask]  # funasr scales its input in place
+
+    @torch.inference_mode()
+    def transformers():
+        return port(feats, mask.long()).last_hidden_state[mask]
+
+    @torch.inference_mode()
+    def ours():
+        with precompute.autocast(world.device, world.dtype):
+            return net(feats, lens)[0][mask]
+
+    def equal(a, b):
+        limit = 1e-4 if world.dtype == torch.float32 else 0.1
+        return bool((a - b).abs().max() <= limit) and bool((transformers() - b).abs().max() <= limit)
+
+    return stage(theirs, ours, equal, clips * seconds, "funasr's SenseVoiceEncoderSmall", transformers=transformers)
+
+
+def precompute_stage(world):
+    """Encoder outputs of the training clips, from audio files to files on disk."""
+    rows, encoder, folder = world.train, world.encoder, world.folder
+    cfg = precompute.DEFAULTS | {"workers": world.size["workers"], "batch_s": 120.0}
+
+    @torch.inference_mode()
+    def usual():
+        caught = {}
+        hook = last_norm(encoder).register_forward_hook(lambda module, inputs, output: caught.update(enc=output))
+        for row in rows:
+            encoder(*window_features(world, row))
+            torch.save(caught["enc"][0, : row["frames"]].cpu(), folder / f"{row['key']}.pt")
+        hook.remove()
+        return [torch.load(folder / f"{row['key']}.pt", weights_only=True) for row in rows]
+
+    def ours():
+        bar = SimpleNamespace(update=lambda count: None)
+        frames, index, bad = precompute.encode_shard(rows, encoder, cfg, world.device, world.dtype, bar)
+        assert not bad, bad
+        np.save(folder / "shard-00000.npy", frames)
+        (folder / "shard-00000.json").write_text(json.dumps({"clips": index, "bad": [], "frames": len(frames)}))
+        identity = {f"encoder.{key}": value for key, value in encoder.identity.items()}
+        (folder / "cache.json").write_text(json.dumps(identity))
+        cache = train_phase1.EncoderCache(folder)
+        return [torch.from_numpy(cache[row["key"]].astype(np.float32)) for row in rows]
+
+    what = f"one clip at a time{', padded to 30 s' if world.whisper else ''}, forward hook, fp32, a .pt file each"
+    return stage(usual, ours, lambda a, b: close(b, a, max(2e-3, world.tolerance)), total_s(rows), what)
+
+
+def total_s(rows):
+    return sum(row["seconds"] for row in rows)
+
+
+# ---- training steps ---------------------------------------------------------------------------------------------
+
+
+def random_batches(rows, size):
+    """The usual order: shuffled, cut into batches of `size`."""
+    order = random.Random(0).sample(range(len(rows)), len(rows))
+    return [[rows[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
+
+
+def bucketed_batches(rows, size):
+    """Our order: as many batches, of neighbours in length."""
+    lengths = [row["frames"] for row in rows]
+    return [[rows[i] for i in batch] for batch in train_phase1.epoch_batches(lengths, size, 10**9, 1, 0, 0)]
+
+
+def training(world, rows, module, usual_loss, our_loss, what):
+    """Steps over all rows in batches of the same size; `equal`: loss and gradients of one batch, by both ways."""
+    size = world.size["batch"]
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    cfg = {"optim.lr": 0.0, "optim.weight_decay": 0.0}
+    adam = {"usual": torch.optim.AdamW(trainable, lr=0.0),
+            "ours": train_phase1.make_optimizer(module, cfg, world.device)}
+    module.train()
+
+    def run(way, batches):
+        losses = []
+        for batch in batches:
+            module.zero_grad(set_to_none=True)  # before the step: the gradients stay for the comparison
+            loss = (usual_loss if way == "usual" else our_loss)(batch)
+            loss.backward()
+            nn.utils.clip_grad_norm_(trainable, 1.0)
+            adam[way].step()
+            losses.append(loss.item() if way == "usual" else loss.detach())  # .item() waits for the device
+        return torch.stack([torch.as_tensor(loss, device=world.device) for loss in losses])
+
+    def equal(*_):
+        found = {}
+        for way in ("usual", "ours"):
+            loss = run(way, [rows[:size]])
+            found[way] = [loss, torch.cat([p.grad.flatten() for p in trainable if p.grad is not None])]
+        return close(found["ours"], found["usual"], world.tolerance)
+
+    return stage(lambda: run("usual", random_batches(rows, size)), lambda: run("ours", bucketed_batches(rows, size)),
+                 equal, total_s(rows), what)
+
+
+def need_cache(world):
+    """The two caches that precompute makes, for the stages that read them."""
+    if not (world.folder / "cache.json").is_file():
+        made = precompute_stage(world)
+        made.usual()
+        made.ours()
+    return train_phase1.EncoderCache(world.folder)
+
+
+def usual_frames(world, batch):
+    """Encoder outputs from one file each, fp32, padded to the longest: enc (B, T, W), lens (B,)."""
+    frames = [torch.load(world.folder / f"{row['key']}.pt", weights_only=True) for row in batch]
+    enc = pad_sequence(frames, batch_first=True).to(world.device)
+    return enc, torch.tensor([len(x) for x in frames], device=world.device)
+
+
+def new_adaptor(world):
+    """A trainable copy of the listener's adaptor, without dropout."""
+    settings, old = world.listener.settings, world.listener.adaptor
+    shape = [settings[f"adaptor.{name}"] for name in ("hidden_dim", "num_layers", "num_heads")]
+    adaptor = model.AudioAdaptor(old.input_dim, old.output_proj.out_features, *shape, 0.0,
+                                 settings["adaptor.stack"], settings["adaptor.pre_norm"])
+    adaptor.load_state_dict(old.state_dict())
+    return adaptor.to(world.device)
+
+
+def phase1_step(world):
+    """Adaptor with InfoNCE and CTC, from cached encoder outputs."""
+    cache, rows = need_cache(world), world.train
+    table = world.listener.llm.get_input_embeddings().weight.detach()
+    ctc = model.CTCHead(table.shape[1], embedding=table, token_ids=sorted({i for row in rows for i in row["ids"]}))
+    phase = train_phase1.Phase1(new_adaptor(world), ctc, 0.07).to(world.device)
+    places = {row["key"]: torch.tensor([number]) for number, row in enumerate(rows)}
+    quiet = {"augment.time_masks": 0, "augment.feature_noise": 0.0}
+
+    def usual_loss(batch):
+        enc, lens = usual_frames(world, batch)
+        emb, emb_lens = phase.adaptor(enc, lens)
+        audio = F.normalize(torch.stack([row[:n].mean(0) for row, n in zip(emb, emb_lens)]), dim=-1)
+        text = [table[torch.tensor(row["ids"], device=world.device)].float().mean(0) for row in batch]
+        text = F.normalize(torch.stack(text), dim=-1)
+        scores = audio @ text.T / phase.log_temperature.exp()  # (B, B)
+        own = torch.arange(len(batch), device=world.device)
+        nce = (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
+        return nce + phase.ctc.loss(phase.ctc(emb), emb_lens, [ctc.classes(r["ids"]) for r in batch])[0] / len(batch)
+
+    def our_loss(batch):
+        enc, lens = train_phase1.load_frames(batch, cache, quiet)
+        text = torch.stack([train_phase1.pool_text(row["ids"], table) for row in batch])
+        text_ids = torch.stack([places[row["key"]] for row in batch]).to(world.device)
+        with precompute.autocast(world.device, world.dtype):
+            nce, ctc_loss, _ = phase(enc.to(world.device), lens.to(world.device), text, text_ids,
+                                     [ctc.classes(row["ids"]) for row in batch])
+        return (nce + ctc_loss) / len(batch)
+
+    return training(world, rows, phase, usual_loss, our_loss,
+                    "a .pt file a clip, random batches padded to their longest, fp32")
+
+
+def phase2_step(world):
+    """Cross-entropy through the LLM, from cached encoder outputs."""
+    cache, rows, old = need_cache(world), world.train, world.listener
+    lora = model.lora_parameters(old.llm)
+    adaptor = old.adaptor if lora else new_adaptor(world)  # the demo trains LoRA only
+    cfg = train_phase2.DEFAULTS | {k: v for k, v in old.settings.items() if k in train_phase2.DEFAULTS}
+    phase = train_phase2.Phase2(adaptor, old.ctc, old.llm, old.tokenizer, cfg).to(world.device)
+    careless = old.llm if world.dtype == torch.float32 else copy.deepcopy(old.llm).float()
+    frozen = [p for name, p in careless.named_parameters() if name not in lora]
+    drafted = old.ctc is not None and cfg["llm.draft"] > 0
+    quiet = {"augment.time_masks": 0, "augment.feature_noise": 0.0}
+
+    def usual_loss(batch):
+        enc, lens = usual_frames(world, batch)
+        for parameter in frozen:  # the optimizer does not have them, so nobody notices
+            parameter.requires_grad_(True)
+        speech, speech_lens, prompts, _, _ = phase.listen(enc, lens, batch, [drafted] * len(batch))
+        targets = [[*row["ids"], phase.stop_id] for row in batch]
+        spliced = model.splice(careless.get_input_embeddings(), prompts, speech, speech_lens, targets)
+        inputs = {name: spliced[name] for name in ("inputs_embeds", "attention_mask", "labels")}
+        return careless(**inputs).loss  # logits at all positions
+
+    def our_loss(batch):
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        enc, lens = train_phase1.load_frames(batch, cache, quiet)
+        ids = [row["ids"] for row in batch]
+        with precompute.autocast(world.device, world.dtype):
+            ce, *_ = phase(enc.to(world.device), lens.to(world.device), batch, ids, [drafted] * len(batch))
+        return ce / sum(len(row) + 1 for row in ids)
+
+    what = "random batches padded to their longest, fp32, LLM weights left trainable, logits at all positions"
+    return training(world, rows, phase, usual_loss, our_loss, what)
+
+
+def finetune_step(world):
+    """CTC through the whole encoder, all of it trainable, from audio files."""
+    rows = world.train
+    net = RandomEncoder(**world.size["encoder"])
+    if world.whisper:
+        net = model.WhisperEncoder(Path(world.encoder.identity["name"]))
+    net.load_state_dict(world.encoder.state_dict())
+    module = nn.ModuleDict({"encoder": net})
+    classes = {token: number for number, token in enumerate(sorted({i for row in rows for i in row["ids"]}))}
+    module["ctc"] = model.CTCHead(net.width, vocab_size=len(classes))
+    module.to(world.device)
+
+    def ctc_loss(enc, lens, batch):
+        targets = [[classes[token] for token in row["ids"]] for row in batch]
+        return module["ctc"].loss(module["ctc"](enc.float()), lens, targets)[0] / len(batch)
+
+    def usual_loss(batch):
+        pairs = [window_features(world, row) for row in batch]
+        feats = pad_sequence([feats[0] for feats, _ in pairs], batch_first=True)
+        return ctc_loss(*net(feats, torch.cat([lens for _, lens in pairs])), batch)
+
+    def our_loss(batch):
+        feats = [net.features(model.load_audio(row["source"], net.sample_rate), f"0-{row['key']}") for row in batch]
+        lens = torch.tensor([len(x) for x in feats])
+        feats = pad_sequence(feats, batch_first=True)
+        with train_phase1.autocast(world.device, world.dtype):
+            enc, lens = net(feats.to(world.device), lens.to(world.device))
+        return ctc_loss(enc, lens, batch)
+
+    window = "padded to 30 s" if world.whisper else "padded to their longest"
+    return training(world, rows, module, usual_loss, our_loss, f"random batches {window}, fp32")
+
+
+# ---- inference --------------------------------------------------------------------------------------------------
+
+
+def inference(world, batch_size):
+    """Held-out clips from audio file to text, greedy."""
+    listener, rows, cfg = world.listener, world.test, infer.DEFAULTS
+    llm, tokenizer, get = listener.llm, listener.tokenizer, listener.settings.get
+    llm.requires_grad_(False)
+
+    @torch.inference_mode()
+    def usual():
+        texts = []
+        for row in rows:
+            with infer.autocast(world.device, world.dtype):
+                enc, lens = listener.encoder(*window_features(world, row))
+                enc = enc[:, : row["frames"]].float()
+                speech, speech_lens, log_probs, emb_lens = model.speech_for_llm(
+                    listener.adaptor, listener.ctc, enc, lens, get("llm.speech"))
+                draft, count = None, None
+                if listener.ctc is not None:
+                    path = model.ctc_greedy(log_probs, emb_lens, listener.ctc.blank)[0]
+                    draft = tokenizer.decode(listener.ctc.tokens(path)).strip() if listener.draft else None
+                    count = len(path) if get("llm.speech") == "ctc" else None
+                prompt = model.build_prompt(tokenizer, get("llm.prompt"), draft, row.get("language"),
+                                            system=get("llm.system"))
+                spliced = model.splice(llm.get_input_embeddings(), [prompt], speech, speech_lens)
+                cap = model.token_cap(row["seconds"], count)
+                ids = llm.generate(
+                    inputs_embeds=spliced["inputs_embeds"], attention_mask=spliced["attention_mask"], do_sample=False,
+                    max_new_tokens=cap, eos_token_id=listener.stop_id, pad_token_id=listener.stop_id)[0].tolist()
+            answer = []
+            for token in ids:  # our rule for loops, or the texts could not be compared
+                if not model.add_token(answer, token, listener.stop_id, cap):
+                    break
+            texts.append(tokenizer.decode(answer, skip_special_tokens=True).strip())
+        return texts
+
+    def ours():
+        texts = {}
+        order = sorted(range(len(rows)), key=lambda i: -rows[i]["seconds"])
+        for start in range(0, len(order), batch_size):
+            batch = []
+            for index in order[start : start + batch_size]:
+                wave = model.load_audio(rows[index]["source"], listener.encoder.sample_rate)
+                feats = listener.encoder.features(wave, f"0-{rows[index]['key']}")
+                batch.append((index, 0, feats, 0.0, rows[index]["seconds"]))
+            segments = infer.transcribe(batch, rows, listener, cfg)
+            texts |= {index: segment["text"] for (index, *_), segment in zip(batch, segments)}
+        return [texts[index] for index in range(len(rows))]
+
+    window = ", padded to 30 s" if world.whisper else ""
+    return stage(usual, ours, lambda a, b: a == b, total_s(rows), f"one clip at a time{window}, transformers' generate")
+
+
+# ---- measuring --------------------------------------------------------------------------------------------------
+
+
+def reset_peak(device):
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():  # Linux: 5 resets the peak of the resident set
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mb(device):
+    """Peak memory since reset_peak: torch's on CUDA, else this process's (without Linux: since it started)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def timed(function, device):
+    """Output of one call, its seconds, its peak memory in MiB."""
+    reset_peak(device)
+    started = time.perf_counter()
+    result = function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - started, peak_mb(device)
+
+
+def matmul_tflops(device, dtype, size=8192):
+    """The ceiling for MFU: what one large matmul reaches here."""
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    for _ in range(3):
+        a @ a
+    _, seconds, _ = timed(lambda: [a @ a for _ in range(20)], device)
+    return 20 * 2 * size**3 / seconds / 1e12
+
+
+def measure(name, row, args, device, ceiling):
+    """One line of the table: warm up, compare, then baseline and ours in turns."""
+    outputs, seconds, peaks = {}, {}, {}
+    ways = {"baseline": row.usual, "ours": row.ours} | row.more
+    for way, function in ways.items():
+        outputs[way], seconds[way], peaks[way] = function(), [], []
+    result = {"stage": name, "equal": bool(row.equal(outputs["baseline"], outputs["ours"]))}
+    for _ in range(args.repeats):
+        for way, function in ways.items():
+            _, spent, peak = timed(function, device)
+            seconds[way].append(spent)
+            peaks[way].append(peak)
+    for way, spent in seconds.items():
+        result |= {f"{way}_s": statistics.median(spent), f"{way}_spread_s": max(spent) - min(spent)}
+    result |= {"ratio": result["baseline_s"] / result["ours_s"], "peak_mb": max(peaks["ours"]),
+               "baseline_peak_mb": max(peaks["baseline"]), "audio_s": row.audio_s,
+               "audio_s_per_s": row.audio_s / result["ours_s"], "usual": row.what}
+    if device.type == "cuda":
+        with FlopCounterMode(display=False) as counter:
+            row.ours()
+        result["tflops"] = counter.get_total_flops() / result["ours_s"] / 1e12
+        result["mfu"] = result["tflops"] / ceiling
+        if name in EPOCHS:
+            result["minutes_aishell"] = EPOCHS[name] * AISHELL_TRAIN_S / result["audio_s_per_s"] / 60
+    return result
+
+
+def print_row(result):
+    extra = "".join(f"  {key} {result[key]:.3g}" for key in ("transformers_s", "tflops", "mfu", "minutes_aishell")
+                    if key in result)
+    print(f"{result['stage']:14} {result['baseline_s']:9.3f} ±{result['baseline_spread_s']:6.3f} "
+          f"{result['ours_s']:9.3f} ±{result['ours_spread_s']:6.3f} {result['ratio']:7.2f} "
+          f"{'yes' if result['equal'] else 'NO':>5} {result['baseline_peak_mb']:9.0f} {result['peak_mb']:7.0f} "
+          f"{result['audio_s_per_s']:9.1f}{extra}", flush=True)
+
+
+def machine(device):
+    """Where the numbers come from."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
+    cpu = Path("/proc/cpuinfo")
+    if device.type == "cpu" and cpu.exists():
+        name = re.search(r"model name\s*: (.*)", cpu.read_text())[1]
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "date": time.strftime("%Y-%m-%d"), "command": "python bench.py " + " ".join(sys.argv[1:])}
+
+
+BUILD = {
+    "fbank": fbank, "encoder": encoder, "precompute": precompute_stage, "phase1_step": phase1_step,
+    "phase2_step": phase2_step, "finetune_step": finetune_step,
+    "infer_batch1": lambda world: inference(world, 1), "infer_batch32": lambda world: inference(world, 32),
+}  # fmt: skip
+
+
+def main(args):
+    wrong = [name for name in args.stages if name not in BUILD]
+    if wrong:
+        raise ValueError(f"--stages: {wrong[0]!r} is none of {', '.join(BUILD)}")
+    with tempfile.TemporaryDirectory() as folder:
+        world = make_world(args, Path(folder))
+        report = machine(world.device) | {"size": args.size, "repeats": args.repeats, "rows": []}
+        ceiling = None
+        if world.device.type == "cuda":
+            report["matmul_tflops"] = ceiling = matmul_tflops(world.device, world.dtype)
+        print(" | ".join(f"{key} {value}" for key, value in report.items() if key != "rows"))
+        print(f"{'stage':14} {'baseline s':>17} {'ours s':>17} {'ratio':>7} {'equal':>5} {'MiB':>9} {'ours':>7} "
+              f"{'audio s/s':>9}", flush=True)
+        for name in args.stages:
+            report["rows"].append(measure(name, BUILD[name](world), args, world.device, ceiling))
+            print_row(report["rows"][-1])
+    Path(args.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="demo")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--stages", type=lambda text: text.split(","), default=list(BUILD), help="separated by commas")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--model", default="demo/run/phase2", help="folder of train_phase2.py, for --size demo")
+    parser.add_argument("--data", default="demo/data", help="folder of demo_data.py's manifests, for --size demo")
+    parser.add_argument("--out", default="bench.json")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    try:
+        main(parse(sys.argv[1:]))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
