@@ -4,6 +4,7 @@
     python bench.py --size tiny                 # random weights, seconds: checks that every row works
     python bench.py --size full --device cuda   # SenseVoice-Small + 207.7 M adaptor + Qwen3-4B: shapes, random weights
     python bench.py --stages encoder,infer_batch1
+    python bench.py --scale --out scale.json    # how cost grows with clip length, batch and corpus; also scale.png
 
 Output  a table, and bench.json: machine, versions and `rows`, each with stage, baseline_s, ours_s (medians), their
         spreads (longest - shortest), ratio, equal, peak_mb and baseline_peak_mb (of the process; on CUDA of torch's
@@ -17,8 +18,7 @@ Fair    Baseline and ours run in turns in one process with the same number of th
 Usual   one clip at a time, Whisper padded to 30 s (with a mask, or the outputs could not be compared), a forward hook,
         one .pt file a clip; random batches padded to their longest clip; fp32; the LLM's weights left trainable, logits
         at all positions; transformers' `generate` on one clip at a time.
-Guess   --size full has no trained weights, so the CTC draft is what plain decoding says, 3 % of its tokens replaced:
-        about the error rate of SenseVoice's own CTC on AISHELL-1.
+Limits  --size full has no trained CTC head, so it decodes without CTC's drafts. The CUDA path has never been run.
 """
 
 import argparse
@@ -49,8 +49,6 @@ import precompute
 import train_phase1
 import train_phase2
 
-STAGES = ("fbank", "encoder", "precompute", "phase1_step", "phase2_step", "finetune_step", "infer_batch1",
-          "infer_batch32")
 # clips: that are heard, or trained on; batch: clips per training step; encoder, adaptor, llm: shapes of random weights
 SIZES = {
     "tiny": {
@@ -71,7 +69,6 @@ SIZES = {
 WINDOW_S = 30  # Whisper's
 AISHELL_TRAIN_S = 150.85 * 3600
 EPOCHS = {"phase1_step": 10, "phase2_step": 3}  # of the original release, which took 80 and 90 minutes
-CTC_ERROR = 0.03  # share of wrong tokens in a random draft
 
 
 # ---- models and speech ------------------------------------------------------------------------------------------
@@ -286,7 +283,7 @@ def encoder(world):
 def precompute_stage(world):
     """Encoder outputs of the training clips, from audio files to files on disk."""
     rows, encoder, folder = world.train, world.encoder, world.folder
-    cfg = precompute.DEFAULTS | {"workers": world.size["workers"], "batch_s": 120.0}
+    cfg = precompute.DEFAULTS | {"workers": world.size["workers"], "batch_s": 120.0, "data.max_s": 100.0}
 
     @torch.inference_mode()
     def usual():
@@ -497,7 +494,6 @@ def inference(world, batch_size):
     """Held-out clips from audio file to text, greedy."""
     listener, rows, cfg = world.listener, world.test, infer.DEFAULTS
     llm, tokenizer, get = listener.llm, listener.tokenizer, listener.settings.get
-    llm.requires_grad_(False)
 
     @torch.inference_mode()
     def usual():
@@ -629,6 +625,97 @@ def machine(device):
             "date": time.strftime("%Y-%m-%d"), "command": "python bench.py " + " ".join(sys.argv[1:])}
 
 
+# ---- how cost grows ---------------------------------------------------------------------------------------------
+
+
+def exponent(points):
+    """Least-squares slope of log(cost) over log(size), from the larger half: small sizes are all overhead."""
+    points = np.log(np.array(sorted(points)[len(points) // 2 - (len(points) < 4) :]))
+    return float(np.polyfit(points[:, 0], points[:, 1], 1)[0])
+
+
+def scale_rows(world, seconds, batch):
+    """`batch` clips of noise, all of one length, with as many tokens as AISHELL-1 has in that time."""
+    rows = []
+    for number in range(batch):
+        path = world.folder / f"scale-{seconds}-{number}.wav"
+        soundfile.write(path, np.random.default_rng(number).normal(0, 0.05, round(16000 * seconds)), 16000)
+        frames = world.encoder.num_frames(round(16000 * seconds))
+        ids = [50 + (7 * number + n) % 300 for n in range(max(1, round(seconds * 15 / 4.52)))]
+        rows.append({"key": path.stem, "source": str(path), "speech": str(path), "seconds": seconds, "speed": 1.0,
+                     "frames": frames, "ids": ids})
+    return rows
+
+
+def scale_stage(world, name, seconds, batch):
+    """Seconds and peak memory of our way over one batch of equally long clips: the second of two runs."""
+    world.train = world.test = scale_rows(world, seconds, batch)
+    (world.folder / "cache.json").unlink(missing_ok=True)  # the step then makes the cache of these clips
+    world.size |= {"batch": batch}
+    row = inference(world, batch) if name == "inference" else BUILD[name](world)
+    row.ours()
+    return timed(row.ours, world.device)[1:]
+
+
+def write_manifest(path, count):
+    with open(path, "w", encoding="utf-8") as file:
+        for n in range(count):
+            row = {"key": f"BAC009S{n:09d}", "source": f"wav/train/S{n // 400:05d}/BAC009S{n:09d}.wav",
+                   "target": "一二三四五六七八九十一二三四五", "language": "zh"}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def scale_corpus(world, hours):
+    """What a run does before its first step with a manifest of clips of 5 s: read it, and shuffle one epoch."""
+    count, path = round(hours * 720), world.folder / "scale.jsonl"
+    write_manifest(path, count)
+    rows, read_s, read_mb = timed(lambda: model.read_manifest(path), world.device)
+    lengths = [20 + hash(row["key"]) % 200 for row in rows]
+    _, order_s, order_mb = timed(lambda: train_phase1.epoch_batches(lengths, 64, 8192, 1, 0, 0), world.device)
+    path.unlink()
+    return (read_s, read_mb), (order_s, order_mb)
+
+
+def scale(world, args):
+    """Table and picture of time and memory (the whole process's peak) against clip length, batch and corpus size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    world.size = dict(world.size)
+    lengths = [s for s in (1, 2, 5, 10, 20, 30, 60) if not (world.whisper and s > WINDOW_S)]
+    grown = {}  # (stage, against) -> [(size, seconds, MiB)]
+    for name in ("precompute", "phase2_step", "inference"):
+        for seconds in lengths:
+            grown.setdefault((name, "clip length, s"), []).append((seconds, *scale_stage(world, name, seconds, 4)))
+        for batch in (1, 2, 4, 8, 16, 32):
+            grown.setdefault((name, "batch of 5 s clips"), []).append((batch, *scale_stage(world, name, 5, batch)))
+    hours = [h for h in (1, 10, 100, 1000, 10000) if h <= args.scale_hours]
+    for h in hours:
+        for name, found in zip(("read manifest", "order of one epoch"), scale_corpus(world, h)):
+            grown.setdefault((name, "corpus, h"), []).append((h, *found))
+    print(f"{'stage':20} {'against':20} {'from':>6} {'to':>6} {'seconds at the ends':>21} {'MiB':>15} {'exponent':>9}")
+    table = []
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
+    places = {against: axis for against, axis in zip(("clip length, s", "batch of 5 s clips", "corpus, h"), axes)}
+    for (name, against), points in grown.items():
+        (first, first_s, first_mb), (last, last_s, last_mb) = points[0], points[-1]
+        slope = exponent([(size, seconds) for size, seconds, _ in points]) if len(points) > 1 else float("nan")
+        table.append({"stage": name, "against": against, "points": points, "exponent": slope})
+        print(f"{name:20} {against:20} {first:6g} {last:6g} {first_s:10.3f} {last_s:10.3f} {first_mb:7.0f} "
+              f"{last_mb:7.0f} {slope:9.2f}")
+        axis = places[against]
+        axis.loglog([p[0] for p in points], [p[1] for p in points], "o-", label=f"{name}, exponent {slope:.2f}")
+        axis.set(xlabel=against, ylabel="seconds")
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(Path(args.out).with_suffix(".png"), dpi=120)
+    return {"scale": table}
+
+
+# ---- the run ----------------------------------------------------------------------------------------------------
+
 BUILD = {
     "fbank": fbank, "encoder": encoder, "precompute": precompute_stage, "phase1_step": phase1_step,
     "phase2_step": phase2_step, "finetune_step": finetune_step,
@@ -647,11 +734,14 @@ def main(args):
         if world.device.type == "cuda":
             report["matmul_tflops"] = ceiling = matmul_tflops(world.device, world.dtype)
         print(" | ".join(f"{key} {value}" for key, value in report.items() if key != "rows"))
-        print(f"{'stage':14} {'baseline s':>17} {'ours s':>17} {'ratio':>7} {'equal':>5} {'MiB':>9} {'ours':>7} "
-              f"{'audio s/s':>9}", flush=True)
-        for name in args.stages:
-            report["rows"].append(measure(name, BUILD[name](world), args, world.device, ceiling))
-            print_row(report["rows"][-1])
+        if args.scale:
+            report |= scale(world, args)
+        else:
+            print(f"{'stage':14} {'baseline s':>17} {'ours s':>17} {'ratio':>7} {'equal':>5} {'MiB':>9} {'ours':>7} "
+                  f"{'audio s/s':>9}", flush=True)
+            for name in args.stages:
+                report["rows"].append(measure(name, BUILD[name](world), args, world.device, ceiling))
+                print_row(report["rows"][-1])
     Path(args.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
 
@@ -664,6 +754,8 @@ def parse(arguments):
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--model", default="demo/run/phase2", help="folder of train_phase2.py, for --size demo")
     parser.add_argument("--data", default="demo/data", help="folder of demo_data.py's manifests, for --size demo")
+    parser.add_argument("--scale", action="store_true", help="instead: how time and memory grow; also writes a .png")
+    parser.add_argument("--scale-hours", type=int, default=10000, help="largest corpus of --scale (clips of 5 s)")
     parser.add_argument("--out", default="bench.json")
     return parser.parse_args(arguments)
 

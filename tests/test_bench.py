@@ -92,3 +92,15 @@ def test_missing_demo_says_what_to_run(tmp_path):
 def test_unknown_stage_is_named():
     with pytest.raises(ValueError, match="'phase3'"):
         bench.main(bench.parse(["--size", "tiny", "--stages", "fbank,phase3"]))
+
+
+def test_scale_writes_its_table_and_picture(tmp_path, monkeypatch):
+    cost = {"precompute": 1.0, "phase2_step": 1.5, "inference": 2.0}
+    monkeypatch.setattr(bench, "scale_stage", lambda world, name, seconds, batch: (seconds ** cost[name] * batch, 7.0))
+    out = tmp_path / "scale.json"
+    bench.main(bench.parse(["--size", "tiny", "--scale", "--scale-hours", "10", "--out", str(out)]))
+    table = json.loads(out.read_text(encoding="utf-8"))["scale"]
+    found = {row["stage"]: row["exponent"] for row in table if row["against"] == "clip length, s"}
+    assert found == pytest.approx(cost)
+    assert {row["stage"] for row in table if row["against"] == "corpus, h"} == {"read manifest", "order of one epoch"}
+    assert out.with_suffix(".png").stat().st_size > 1000
