@@ -1338,9 +1338,6 @@ class SteerMoE(nn.Module):
         if position < len(layers) and getattr(encoder, "cmvn", None) is not None:
             raise ValueError("pooling_position: SenseVoiceSmall puts four query frames before the speech, which must "
                              "not be pooled with it; pool after the last layer (0)")
-        experts = settings["steering.num_experts"]
-        self.steering = Steering(len(layers), experts, encoder.width, settings["steering.steering_scale"],
-                                 settings["steering.use_layer_scales"]) if experts else None
         if self.adaptor == "stack":
             self.bridge = AudioAdaptor(encoder.width, llm_width, settings["stack_hidden"], 0, 1, 0.0,
                                        settings["stack_frames"], embedding_rms=embedding_rms)
@@ -1353,6 +1350,10 @@ class SteerMoE(nn.Module):
             self.bridge = None
         else:
             raise ValueError(f"use_adapter=false, but the encoder is {encoder.width} wide and the LLM {llm_width}")
+        # after the bridge, which so starts from the same random numbers with and without steering
+        experts = settings["steering.num_experts"]
+        self.steering = Steering(len(layers), experts, encoder.width, settings["steering.steering_scale"],
+                                 settings["steering.use_layer_scales"]) if experts else None
         self.install(encoder, layers, position)
 
     def install(self, encoder, layers, position):

@@ -743,7 +743,7 @@ class GateUsage:
     def per_layer(self, steering):
         """One dict a layer, as steering.jsonl holds them."""
         frames, mean, norms = self.frames.clamp(min=1), self.mean(), steering.vectors.detach().norm(dim=-1).cpu()
-        return [{"layer": n, "scale": round(float(steering.scales[n]), 6),
+        return [{"layer": n, "scale": round(float(steering.scales[n].detach()), 6),
                  "norms": [round(x, 6) for x in norms[n].tolist()], "gates": [round(x, 6) for x in mean[n].tolist()],
                  "entropy": round(float(self.entropy[n] / frames[n]), 6),
                  "top": round(float(self.chosen[n].max() / frames[n]), 6)} for n in range(len(frames))]
