@@ -1,8 +1,8 @@
-# make setup | make test | make demo [SPEECH=folder/manifest.jsonl]
+# make setup | make test | make demo [SPEECH=folder/manifest.jsonl] | make demo-steermoe
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: setup test lint demo
+.PHONY: setup test lint demo demo-steermoe
 
 setup: .venv/.done
 
@@ -19,3 +19,6 @@ lint: setup
 
 demo: setup
 	$(PY) demo.py $(if $(SPEECH),"speech=$(SPEECH)") $(ARGS)
+
+demo-steermoe: setup
+	$(PY) demo_steermoe.py $(ARGS)

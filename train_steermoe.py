@@ -462,7 +462,7 @@ def list_utterances(specs, cfg, parts, filtered):
         target = model.normalize_text(row["target"]) if cfg["normalize_text"] else row["target"].strip()
         row = row | {"reference": row["target"], "ids": model.text_to_ids(tokenizer, target), "seconds": 0.0}
         row["prompts"] = parts.prompt(row)
-        reason, limits = "" if row["ids"] or not filtered else "empty text", cfg["filter_dataset"]
+        reason, limits, readable = "" if row["ids"] or not filtered else "empty text", cfg["filter_dataset"], True
         try:
             row["seconds"] = seconds = seconds_of(row)
             frames = -(-encoder.num_frames(round(seconds * encoder.sample_rate)) // cfg["pooling_kernel_size"])
@@ -479,9 +479,9 @@ def list_utterances(specs, cfg, parts, filtered):
             elif limits and filtered and row["positions"] > cfg["llm_decoder.max_length"]:
                 reason = f"{row['positions']} positions are over llm_decoder.max_length={cfg['llm_decoder.max_length']}"
         except model.AudioError as error:
-            reason = str(error)
+            reason, readable = str(error), False
         if reason:
-            left_out.append({"key": row["key"], "source": row["source"], "reason": reason})
+            left_out.append({"key": row["key"], "source": row["source"], "reason": reason, "readable": readable})
         if not reason or not filtered:
             utterances.append(row | {"reason": reason})
     if not utterances:
@@ -524,7 +524,7 @@ def read_batches(utterances, batches, encoder, cfg, bad):
             row = utterances[index]
             if reason and row["key"] not in known:
                 known.add(row["key"])
-                bad.append({"key": row["key"], "source": row["source"], "reason": reason})
+                bad.append({"key": row["key"], "source": row["source"], "reason": reason, "readable": False})
             rows.append(row | {"reason": reason, "ids": [] if reason else row["ids"]})
         lens = torch.tensor([len(feats) for feats, _ in items])
         yield torch.nn.utils.rnn.pad_sequence([feats for feats, _ in items], batch_first=True), lens, rows
@@ -861,12 +861,13 @@ def decode(parts, feats, lens, rows, cfg):
 
 
 @torch.no_grad()
-def evaluate(parts, utterances, cfg, device, dtype, bad):
+def evaluate(parts, utterances, cfg, device, dtype, bad, shared=True):
     """Teacher-forced loss and accuracy, greedy error rates, of all utterances; the processes share them.
 
+    shared  False: every process does all of it, as ZeRO stage 3 needs: all must call the LLM equally often.
     Output  (scores, [{key, reference, text, reason}] in the order of `utterances`).
     """
-    rank, world = rank_and_world()
+    rank, world = rank_and_world() if shared else (0, 1)
     order = sorted(range(len(utterances)), key=lambda i: (-utterances[i]["seconds"], i))[rank::world]
     size = cfg["eval_batch_size"]
     batches = [order[start : start + size] for start in range(0, len(order), size)]
@@ -1019,19 +1020,23 @@ def start_deepspeed(parts, optimizer, cfg):
         raise ValueError("training.use_deepspeed: give --deepspeed_config, such as configs/deepspeed/stage2.json")
     settings = json.loads(Path(cfg["deepspeed_config"]).read_text(encoding="utf-8"))
     settings |= {"train_micro_batch_size_per_gpu": cfg["training.batch_size"], "gradient_accumulation_steps": 1,
-                 "gradient_clipping": cfg["training.gradient_clipping"]}
-    print("training.use_deepspeed: DeepSpeed clips all gradients together, steering_gradient_clip does not apply")
+                 "gradient_clipping": cfg["training.gradient_clipping"], "bf16": {"enabled": cfg["training.fp16"]}}
+    print("training.use_deepspeed: all gradients are clipped together, steering_gradient_clip does not apply; no "
+          "steering analysis")
+    # ZeRO gathers a module's weights where the module is called; our encoders also use weights without calling theirs
+    encoder = parts._modules.pop("encoder")
+    object.__setattr__(parts, "encoder", encoder)  # still parts.encoder, but whole on every process
     return deepspeed.initialize(model=parts, optimizer=optimizer, config=settings)[0]
 
 
 def trained_state(parts, engine):
-    """State dict of what trains; ZeRO stage 3 has it in pieces, which all processes gather."""
+    """State dict of what trains, fp32; ZeRO stage 3 has it in pieces, which all processes gather."""
     if engine is None:
         return parts.trained.state_dict()
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(list(parts.trained.parameters())):
-        return {name: value.detach().clone() for name, value in parts.trained.state_dict().items()}
+        return {name: value.detach().float().clone() for name, value in parts.trained.state_dict().items()}
 
 
 def main(cfg):
@@ -1048,8 +1053,7 @@ def main(cfg):
     state, folder = open_output(cfg, rank), Path(cfg["training.output_dir"])
     train, bad = list_utterances(cfg["parquet_dirs"], cfg, parts, filtered=True)
     dev, bad_dev = list_utterances(cfg["eval_dirs"], cfg, parts, filtered=False) if cfg["eval_dirs"] else ([], [])
-    left_out = len(bad)
-    bad = bad + bad_dev
+    left_out, bad = len(bad), bad + bad_dev
     steering = parts.trained.steering
     optimizer = make_optimizer(parts.trained, cfg, device)
     step, epoch, used, best, stale, spent = 0, 0, 0, math.inf, 0, 0.0
@@ -1076,6 +1080,7 @@ def main(cfg):
             trim_metrics(path, step)
         writer = SummaryWriter(cfg["training.logging_dir"] or folder, purge_step=step + 1)
         print_start(cfg, parts, train, dev, left_out, total, device, dtype, world)
+    analysed = rank == 0 and engine is None and steering is not None and cfg["log_steering_analysis"]
     parts.train()  # frozen parts stay in eval: model.freeze
     batches = stream(train, parts.encoder, cfg, epoch, used, bad)
     window, started, skipped = new_window(), time.time(), 0
@@ -1084,8 +1089,7 @@ def main(cfg):
     while step < total and not stopped:
         lr = set_learning_rates(optimizer, step, total, cfg)
         epoch, used, feats, lens, rows = next(batches)
-        watched = rank == 0 and steering is not None and cfg["log_steering_analysis"] and (
-            (step + 1) % cfg["steering_log_interval"] == 0 or step + 1 == total)
+        watched = analysed and ((step + 1) % cfg["steering_log_interval"] == 0 or step + 1 == total)
         if watched:
             steering.watch = GateUsage(*steering.vectors.shape[:2])
         labels = sum(len(row["ids"]) + 1 for row in rows if row["ids"])
@@ -1117,15 +1121,15 @@ def main(cfg):
         if watched:
             usage, steering.watch = steering.watch, None
             log_steering(analysis, writer, step, usage, steering)
-        if len(bad) - left_out - len(bad_dev) > cfg["max_bad"]:
+        if len(unreadable := [row for row in bad if not row["readable"]]) > cfg["max_bad"]:
             write_lines(folder / "bad.jsonl", bad)
-            raise ValueError(f"{len(bad) - left_out - len(bad_dev)} clips cannot be read, more than "
-                             f"max_bad={cfg['max_bad']}; the last is {bad[-1]['key']}: {bad[-1]['reason']}")
+            raise ValueError(f"{len(unreadable)} clips cannot be read, more than max_bad={cfg['max_bad']}; the last is "
+                             f"{unreadable[-1]['key']}: {unreadable[-1]['reason']}")
         if rank == 0 and (step % cfg["logging_steps"] == 0 or last):
             log_window(window, step, total, lr, norms, skipped, metrics, writer, bar)
             window = new_window()
         if dev and (step % cfg["eval_steps"] == 0 or last):
-            scores, results = evaluate(parts, dev, cfg, device, dtype, bad)
+            scores, results = evaluate(parts, dev, cfg, device, dtype, bad, shared=engine is None)
             stale = 0 if scores["error_rate"] < best else stale + 1
             stopped = cfg["use_early_stopping"] and stale >= cfg["early_stopping_patience"]
             weights = trained_state(parts, engine) if not stale else None
@@ -1154,7 +1158,7 @@ def main(cfg):
     bar.close()
     if rank == 0:
         write_lines(folder / "bad.jsonl", bad)
-        if steering is not None and cfg["log_steering_analysis"]:
+        if analysed:
             plot_steering(parts, dev or train, cfg, device, dtype, folder)
         print(f"done: {step} steps, best {best:.4f}, {spent + time.time() - started:.0f} s -> {folder}")
     if dist.is_initialized():

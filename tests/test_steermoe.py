@@ -514,10 +514,11 @@ class Engine:
 def test_under_its_launcher_deepspeed_gets_the_json_and_the_yaml(world, tmp_path, monkeypatch, stage):
     import contextlib
 
-    given = {}
+    given, given_parameters = {}, []
 
     def initialize(model, optimizer, config):
         given.update(config)
+        given_parameters.extend(name for name, _ in model.named_parameters())
         return Engine(model, optimizer), optimizer, None, None
 
     fake = types.ModuleType("deepspeed")
@@ -528,6 +529,7 @@ def test_under_its_launcher_deepspeed_gets_the_json_and_the_yaml(world, tmp_path
          "training.gradient_clipping=0.7", "--deepspeed_config", ROOT / f"configs/deepspeed/{stage}.json")
     assert given["zero_optimization"]["stage"] == int(stage[-1])
     assert (given["train_micro_batch_size_per_gpu"], given["gradient_clipping"]) == (4, 0.7)
+    assert not any(name.startswith("encoder.") for name in given_parameters)
     assert (tmp_path / "deepspeed" / "step4").read_text() == "True"
     start = parts_of(world)[0].trained.state_dict()
     assert not torch.equal(trained_weights(tmp_path)["bridge.weight"], start["bridge.weight"])
