@@ -426,6 +426,8 @@ def seconds_of(row):
     cell = cell_of(row)
     if isinstance(cell, tuple):
         return len(cell[0]) / cell[1]
+    if isinstance(cell, str) and not Path(cell).is_file():
+        raise model.AudioError(f"{cell}: no such file")
     try:
         return soundfile.info(io.BytesIO(cell) if isinstance(cell, bytes) else cell).duration
     except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
@@ -791,7 +793,7 @@ def plot_steering(parts, utterances, cfg, device, dtype, folder):
     steering.watch = None
 
     def heat(axis, values, title, **limits):
-        picture = axis.imshow(values, aspect="auto", cmap="magma", **limits)
+        picture = axis.imshow(values.numpy(), aspect="auto", cmap="magma", **limits)
         axis.set(title=title, xlabel="expert", ylabel="layer")
         return picture
 
