@@ -1192,8 +1192,9 @@ def print_start(cfg, parts, train, dev, left_out, total, device, dtype, world):
     print(f"train {len(train)} clips, {hours:.2f} h an epoch, {left_out} left out (bad.jsonl), {cut} cut to "
           f"max_prompt_tokens; dev {len(dev)} clips | {total} steps of {cfg['training.batch_size']} clips x {world}")
     for name, part in parts.named_children():
-        trains = sum(p.numel() for p in part.parameters() if p.requires_grad)
-        print(f"  {name}: {trains:,} trainable, {sum(p.numel() for p in part.parameters()) - trains:,} frozen")
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in part.parameters()]  # ds_numel: of ZeRO 3
+        trains = sum(size for size, trained in sizes if trained)
+        print(f"  {name}: {trains:,} trainable, {sum(size for size, _ in sizes) - trains:,} frozen")
     before, after = train[0]["prompts"]
     print(f"prompt: {parts.tokenizer.decode(before)!r} SPEECH {parts.tokenizer.decode(after)!r}")
     print(f"encoder {parts.encoder.identity['name']}, LLM {parts.llm.identity['name']}, device {device}, {dtype}, "
