@@ -1,8 +1,8 @@
-# make setup | make test | make demo [SPEECH=folder/manifest.jsonl] | make bench
+# make setup | test | lint | demo [SPEECH=folder/manifest.jsonl] | demo-steermoe | demo-telephone | bench
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: setup test lint demo bench
+.PHONY: setup test lint demo demo-steermoe demo-telephone bench
 
 setup: .venv/.done
 
@@ -19,6 +19,12 @@ lint: setup
 
 demo: setup
 	$(PY) demo.py $(if $(SPEECH),"speech=$(SPEECH)") $(ARGS)
+
+demo-steermoe: setup
+	$(PY) demo_steermoe.py $(ARGS)
+
+demo-telephone: setup
+	$(PY) demo_telephone.py $(ARGS)
 
 # glibc would give large blocks back to the system at every free; baseline and ours both run without that
 bench: setup

@@ -54,7 +54,7 @@ import model
 
 DEFAULTS = {
     "inputs": [],  # what stands on the command line without "="
-    "model.dir": "",  # run.dir of train_phase2.py
+    "model.dir": "",  # run.dir of train_phase2.py, or training.output_dir of train_steermoe.py
     "adaptor.file": "",  # instead: a state dict without config.json, such as the published adaptor_phase2_final.pt
     "encoder.name": "",  # hub name or folder; "": as config.json says
     "encoder.language": "auto",  # this and the next two: with adaptor.file only, config.json knows them
@@ -414,7 +414,7 @@ def read_settings(cfg):
                          "has validated at least once, or adaptor.file for a state dict without config.json")
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     named = {key: cfg[key] for key in ("encoder.name", "llm.name") if cfg[key]}
-    return settings | named, folder / "adaptor_phase2_final.pt"
+    return settings | named, folder / settings.get("weights", "adaptor_phase2_final.pt")
 
 
 def check_identity(found, settings, part):
@@ -444,10 +444,15 @@ def load_listener(cfg, device, dtype):
         for name, parameter in own.items():
             parameter.data.copy_(lora[name])
     table = llm.get_input_embeddings().weight
-    adaptor = model.AudioAdaptor(
-        encoder.width, table.shape[1], settings["adaptor.hidden_dim"], settings["adaptor.num_layers"],
-        settings["adaptor.num_heads"], 0.0, settings["adaptor.stack"], settings["adaptor.pre_norm"])
-    model.load_weights(adaptor, adaptor_file)
+    if "steering.num_experts" in settings:  # of train_steermoe.py: from here on the encoder itself is steered
+        adaptor = model.SteerMoE(encoder, table.shape[1], settings)
+        model.load_steermoe(adaptor, model.read_weights(adaptor_file), adaptor_file)
+        encoder.ctc_tokenizer = None  # SenseVoice's own CTC head cannot read steered frames
+    else:
+        adaptor = model.AudioAdaptor(
+            encoder.width, table.shape[1], settings["adaptor.hidden_dim"], settings["adaptor.num_layers"],
+            settings["adaptor.num_heads"], 0.0, settings["adaptor.stack"], settings["adaptor.pre_norm"])
+        model.load_weights(adaptor, adaptor_file)
     ctc, draft = None, read_draft(cfg, get("llm.draft", 0))
     needs_ctc = draft or get("llm.speech") == "ctc"
     if needs_ctc or not cfg["adaptor.file"] and (folder / "ctc_head.pt").is_file():

@@ -461,9 +461,10 @@ def load_encoder(name, language="auto", text_norm="woitn", keep_query_frames=Fal
         encoder = KaldiEncoder(folder, language, text_norm, keep_query_frames)
     elif (folder / "config.json").is_file():
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-        if kind != "whisper":
+        parakeet = str(kind).startswith("parakeet")
+        if kind != "whisper" and not parakeet:
             raise ValueError(f"{name}: model_type {kind!r} is not supported; use a Whisper, SenseVoice or Fun-ASR-Nano")
-        encoder = WhisperEncoder(folder, pad_to_30s)
+        encoder = ParakeetEncoder(folder) if parakeet else WhisperEncoder(folder, pad_to_30s)
     else:
         raise ValueError(f"{name}: has neither config.yaml (FunASR) nor config.json (transformers)")
     encoder.identity["name"] = str(name)
@@ -1313,3 +1314,207 @@ def read_aishell(folder, part):
         for wave in waves
         if texts.get(wave.stem)
     ]
+
+
+# ---- SteerMoE: Parakeet's encoder, steering, pooling, bridge ----------------------------------------------------
+
+
+class ParakeetEncoder(SpeechEncoder):
+    """The FastConformer encoder of transformers' Parakeet models: 80 ms frames, no final norm.
+
+    Each clip is normalised by its own mean and deviation, so that a batch never changes a clip.
+    """
+
+    def __init__(self, folder):
+        from transformers import ParakeetEncoder as Net
+        from transformers import ParakeetFeatureExtractor
+
+        net = Net.from_pretrained(folder, dtype=torch.float32)
+        frame_ms = 10.0 * net.config.subsampling_factor
+        super().__init__(net, net.config.hidden_size, frame_ms, {"front_end": f"parakeet-mel{net.config.num_mel_bins}"})
+        self.extractor = ParakeetFeatureExtractor.from_pretrained(folder)
+
+    def num_frames(self, num_samples):
+        return int(self.subsampled(torch.tensor(num_samples // self.extractor.hop_length)))
+
+    def subsampled(self, lens):
+        """Mel frames -> encoder frames: each halving keeps ceil(n / 2), as a convolution 3 wide, padded by 1, does."""
+        for _ in range(int(math.log2(self.net.config.subsampling_factor))):
+            lens = (lens + 1) // 2
+        return lens
+
+    def features(self, wave, key=""):
+        if len(wave) < 2 * self.extractor.hop_length:  # the deviation of a single frame is not defined
+            raise AudioError(f"{key or 'clip'}: {len(wave) / 16000:.3f} s is shorter than two frames of 10 ms")
+        feats = self.extractor(wave.float().numpy(), sampling_rate=self.sample_rate)["input_features"][0]
+        return torch.as_tensor(feats)[: len(wave) // self.extractor.hop_length]  # (mel frames, M)
+
+    def forward(self, feats, lens):
+        enc = self.net(feats, attention_mask=length_mask(lens, feats.shape[1])).last_hidden_state  # (B, T, W)
+        return enc, self.subsampled(lens)
+
+
+class Steering(nn.Module):
+    """Steering vectors for every layer of a frozen encoder, mixed frame by frame by a softmax router.
+
+        h <- h + s_l * softmax(h @ R_l^T + b_l) @ V_l       after layer l = 0 .. L - 1
+
+    Input   layer number, h (B, T, D): the layer's output; real (B, T) bool, for `watch` only.
+    Output  h of the same shape and dtype. With V = 0 it is h to the bit.
+    watch   None, or a function that gets (layer, gates (B, T, E) fp32, real): how experts are used.
+    Source  SteerMoE (arXiv:2510.13558); names of its parts, initial values and 8 experts are those of its
+            documentation. All gates are dense: no top-k, no balancing loss. Its single Linear(D, L * E) computes all
+            layers' logits at each layer and keeps one slice; here only the slice is computed.
+    """
+
+    def __init__(self, num_layers, num_experts, width, scale=0.1, train_scales=True):
+        super().__init__()
+        self.vectors = nn.Parameter(0.01 * torch.randn(num_layers, num_experts, width))  # V (L, E, D)
+        bound = width**-0.5  # as nn.Linear(D, L * E) starts
+        self.router = nn.Parameter(torch.empty(num_layers, num_experts, width).uniform_(-bound, bound))  # R (L, E, D)
+        self.router_bias = nn.Parameter(torch.empty(num_layers, num_experts).uniform_(-bound, bound))
+        scales = torch.full((num_layers,), float(scale))
+        if train_scales:
+            self.scales = nn.Parameter(scales)
+        else:
+            self.register_buffer("scales", scales)
+        self.watch = None
+
+    def forward(self, layer, h, real=None):
+        gates = F.linear(h, self.router[layer], self.router_bias[layer]).float().softmax(-1)  # (B, T, E)
+        if self.watch is not None:
+            self.watch(layer, gates.detach(), real)
+        update = self.scales[layer] * (gates.to(h.dtype) @ self.vectors[layer].to(h.dtype))  # (B, T, D)
+        return h + update.to(h.dtype)
+
+
+def encoder_layers(encoder):
+    """The blocks of a SpeechEncoder in the order in which they run; each is called with (x, mask)."""
+    net = encoder.net
+    return [*net.encoders0, *net.encoders, *net.tp_encoders] if isinstance(net, SenseVoiceEncoder) else [*net.layers]
+
+
+def pool_frames(x, real, kernel, kind):
+    """Average or maximum of each `kernel` neighbouring frames, over real ones only.
+
+    Input   x (B, T, D), real (B, T) bool; kind "avg" or "max".
+    Output  (B, ceil(T / kernel), D), zeros where a window holds no real frame; mask (B, ceil(T / kernel)).
+    """
+    missing = -x.shape[1] % kernel
+    x = F.pad(x, (0, 0, 0, missing)).unflatten(1, (-1, kernel))  # (B, S, kernel, D)
+    real = F.pad(real, (0, missing)).unflatten(1, (-1, kernel))[..., None]  # (B, S, kernel, 1)
+    if kind == "avg":
+        pooled = x.masked_fill(~real, 0.0).sum(2) / real.sum(2).clamp(min=1)
+    else:
+        pooled = x.masked_fill(~real, -torch.inf).amax(2).masked_fill(~real.any(2), 0.0)
+    return pooled.to(x.dtype), real.any(2)[..., 0]
+
+
+class SteerMoE(nn.Module):
+    """All that SteerMoE trains: steering, hooked into a frozen encoder, and the bridge from its frames to the LLM.
+
+    After SteerMoE(encoder, ...) the encoder itself gives steered and pooled frames: enc, lens = encoder(feats, lens).
+    Input   enc (B, T, D) and lens (B,) of that encoder.  Output  emb (B, S, H), lens (B,), S <= max_prompt_tokens.
+    Keys of `settings` are those of train_steermoe.py; steering.num_experts 0 means no steering (linear ablation).
+    Pooling stands after layer `pooling_position`, the layers behind it run on pooled frames. 0 or the last layer: on
+    the encoder's output, so after its final norm (SteerMoE's code pools just before the norm).
+    Raises  ValueError for a position or width that the encoder does not have.
+    """
+
+    def __init__(self, encoder, llm_width, settings, embedding_rms=None):
+        super().__init__()
+        layers = encoder_layers(encoder)
+        self.kernel, self.kind = settings["pooling_kernel_size"], settings["pooling_type"]
+        self.max_tokens, self.adaptor = settings["max_prompt_tokens"], settings["adaptor"]
+        position = settings["pooling_position"] or len(layers)
+        if not 1 <= position <= len(layers):
+            raise ValueError(f"pooling_position={position}, but the encoder has {len(layers)} layers (0: the last)")
+        if self.kernel < 1 or self.kind not in ("avg", "max") or self.adaptor not in ("linear", "stack"):
+            raise ValueError(f"pooling_kernel_size >= 1, pooling_type avg or max, adaptor linear or stack; got "
+                             f"{self.kernel}, {self.kind!r}, {self.adaptor!r}")
+        if position < len(layers) and getattr(encoder, "cmvn", None) is not None:
+            raise ValueError("pooling_position: SenseVoiceSmall puts four query frames before the speech, which must "
+                             "not be pooled with it; pool after the last layer (0)")
+        if self.adaptor == "stack":
+            self.bridge = AudioAdaptor(encoder.width, llm_width, settings["stack_hidden"], 0, 1, 0.0,
+                                       settings["stack_frames"], embedding_rms=embedding_rms)
+        elif settings["use_adapter"]:
+            self.bridge = nn.Linear(encoder.width, llm_width)
+            if embedding_rms is not None:  # frames of about unit variance then start as loud as the LLM's embeddings
+                self.bridge.weight.data.mul_(3**0.5 * embedding_rms)
+                self.bridge.bias.data.mul_(embedding_rms)
+        elif encoder.width == llm_width:
+            self.bridge = None
+        else:
+            raise ValueError(f"use_adapter=false, but the encoder is {encoder.width} wide and the LLM {llm_width}")
+        # after the bridge, which so starts from the same random numbers with and without steering
+        experts = settings["steering.num_experts"]
+        self.steering = Steering(len(layers), experts, encoder.width, settings["steering.steering_scale"],
+                                 settings["steering.use_layer_scales"]) if experts else None
+        self.install(encoder, layers, position)
+
+    def install(self, encoder, layers, position):
+        """Forward hooks; they work on any transformers version, whether a layer returns a tensor or a tuple."""
+        early = position < len(layers)
+
+        def real_frames(args, kwargs, length):
+            mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)  # (B, T) or (B, 1, T, T)
+            if mask is None:
+                return torch.ones(len(args[0]), length, dtype=torch.bool, device=args[0].device)
+            return mask if mask.dim() == 2 else mask[:, 0].diagonal(dim1=1, dim2=2)
+
+        def after_layer(number, args, kwargs, output):
+            h = output if torch.is_tensor(output) else output[0]
+            real = real_frames(args, kwargs, h.shape[1])
+            if self.steering is not None:
+                h = self.steering(number, h, real)
+            if early and number + 1 == position:
+                h, _ = pool_frames(h, real, self.kernel, self.kind)
+            return h if torch.is_tensor(output) else (h, *output[1:])
+
+        def behind_pooling(args, kwargs):  # the encoder goes on handing out the mask of the frames before pooling
+            given = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+            if given is not None:
+                real = real_frames(args, kwargs, given.shape[-1])
+                real = F.pad(real, (0, -real.shape[1] % self.kernel)).unflatten(1, (-1, self.kernel)).any(-1)  # (B, S)
+                mask = real if given.dim() == 2 else real[:, None, None].expand(-1, 1, real.shape[1], -1)
+                args, kwargs = (args, kwargs | {"attention_mask": mask}) if "attention_mask" in kwargs else (
+                    (args[0], mask, *args[2:]), kwargs)
+            if "position_embeddings" in kwargs:  # Parakeet's relative positions
+                kwargs = kwargs | {"position_embeddings": encoder.net.encode_positions(args[0])}
+            return args, kwargs
+
+        def pool_output(enc, lens):
+            if not early:
+                enc, _ = pool_frames(enc, length_mask(lens, enc.shape[1]), self.kernel, self.kind)
+            return enc, (lens + self.kernel - 1) // self.kernel
+
+        for number, layer in enumerate(layers):
+            if early and number >= position:
+                layer.register_forward_pre_hook(
+                    lambda _, args, kwargs: behind_pooling(args, kwargs), with_kwargs=True)
+            if self.steering is not None or early:
+                layer.register_forward_hook(
+                    lambda _, args, kwargs, out, n=number: after_layer(n, args, kwargs, out), with_kwargs=True)
+        if self.kernel > 1:
+            encoder.register_forward_hook(lambda _, args, out: pool_output(*out))
+
+    def forward(self, enc, lens):
+        if self.adaptor == "stack":
+            emb, lens = self.bridge(enc, lens)
+        else:
+            emb = enc if self.bridge is None else self.bridge(enc)  # (B, S, H)
+        return emb[:, : self.max_tokens], lens.clamp(max=self.max_tokens)
+
+
+def load_steermoe(module, weights, where):
+    """Load a state dict of exactly this SteerMoE; ValueError names both sizes where they differ."""
+    name = "steering.vectors"
+    own = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    if name in own and name in weights and tuple(weights[name].shape) != own[name]:
+        sizes = ["{} layers, {} experts, width {}".format(*shape) for shape in (weights[name].shape, own[name])]
+        raise ValueError(f"{where}: was trained with {sizes[0]}; this configuration has {sizes[1]}")
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{where}: does not fit the configured SteerMoE: {error}") from error

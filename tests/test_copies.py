@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ["precompute", "train_phase1", "train_phase2", "infer"]
+SCRIPTS = ["precompute", "train_phase1", "train_phase2", "infer", "train_steermoe"]
 
 
 def section(script, title):
@@ -29,6 +29,25 @@ def test_configuration_section_is_the_same_in_every_script(script):
 @pytest.mark.parametrize("title", ["data: the cache", "bookkeeping of a training run"])
 def test_training_helpers_are_the_same_in_both_phases(title):
     assert section("train_phase1", title) == section("train_phase2", title)
+
+
+@pytest.mark.parametrize("name", ["cut_batches", "epoch_batches", "learning_rate", "trim_metrics", "log_metrics"])
+def test_train_steermoe_repeats_these_functions_to_the_byte(name):
+    """It has other keys and other files than the two phases, so their sections as a whole do not fit it."""
+    def source(script):
+        text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
+        node, = (n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == name)
+        return ast.get_source_segment(text, node)
+
+    assert source("train_steermoe") == source("train_phase2")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "steermoe").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_steermoe_config_loads(path):
+    script = importlib.import_module("train_steermoe")
+    config = script.load_config(script.split_arguments([str(path)]), script.DEFAULTS)
+    assert set(config) == set(script.DEFAULTS)
+    assert (config["steering.num_experts"] == 0) == path.stem.startswith("linear")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
@@ -52,6 +71,9 @@ def test_every_key_is_read(script):
     text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
     body = text[text.index("\n}\n", text.index("DEFAULTS = {")) :]
     per_part = {f"data.{part}" for part in ("train", "valid", "test")} if 'cfg[f"data.{part}"]' in body else set()
+    if 'cfg[f"{kind}.model_path"]' in body and "cfg[f'{kind}.{key}']" in body:  # whisper_encoder or conformer_encoder
+        per_part |= {f"{kind}_encoder.{key}" for kind in ("whisper", "conformer")
+                     for key in ("model_path", "feature_dim", "num_layers")}
     unread = [key for key in importlib.import_module(script).DEFAULTS if f'"{key}"' not in body and key not in per_part]
     assert unread == []
 
