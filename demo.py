@@ -306,8 +306,9 @@ def ablation(cfg):
             start = f"init.dir={variant['run']}/phase1"
         train_stage(variant, "phase2", "train_phase2.py", [
             start, "llm.speech=frames", "llm.draft=0", "adaptor.train=true", "loss.ctc_weight=0", "optim.lr=1e-3",
-            "optim.max_steps=40", "run.valid_every=40", "augment.feature_noise=0.4"])
-        table[name] = run_infer(variant, "dev", f"{cfg['home']}/data/dev.jsonl")[0]["error_rate"]
+            "optim.max_steps=30", "run.valid_every=30", "augment.feature_noise=0.4"])
+        dev = f"{cfg['home']}/data/dev.jsonl"
+        table[name] = run_infer(variant, "dev", dev, "decode.ctc_weight=0")[0]["error_rate"]
     (Path(cfg["run"]) / "ablation.json").write_text(json.dumps(table, indent=1), encoding="utf-8")
     for name, rate in table.items():
         print(f"  phase 1: {name:15} phase 2 WER on dev {100 * rate:6.1f} %")
