@@ -1,8 +1,8 @@
-# make setup | make test | make demo [SPEECH=folder/manifest.jsonl]
+# make setup | make test | make demo [SPEECH=folder/manifest.jsonl] | make demo-telephone
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: setup test lint demo
+.PHONY: setup test lint demo demo-telephone
 
 setup: .venv/.done
 
@@ -19,3 +19,6 @@ lint: setup
 
 demo: setup
 	$(PY) demo.py $(if $(SPEECH),"speech=$(SPEECH)") $(ARGS)
+
+demo-telephone: setup
+	$(PY) demo_telephone.py $(ARGS)

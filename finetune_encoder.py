@@ -1051,8 +1051,9 @@ def check_output(cfg, nano):
         raise ValueError("output_dir: say where the run goes")
     folder = Path(cfg["output_dir"])
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / ".probe", lambda file: file.write(b"x"))
-    (folder / ".probe").unlink()
+    probe = folder / f".probe.{os.getpid()}"  # every process has its own
+    write_atomic(probe, lambda file: file.write(b"x"))
+    probe.unlink()
     one = 4 * sum(p.numel() for p in nano.parameters() if p.requires_grad)
     count = cfg["train_conf.keep_nbest_models"] + 2  # the average and the result
     needed, free = one * (count + 3), shutil.disk_usage(folder).free  # last.pt: weights and two moments
@@ -1235,8 +1236,7 @@ def describe_run(cfg, parts):
             "base": str(parts["base"]) if parts["base"] else None, "base_hash": parts["base_hash"],
             "with_llm": nano.llm is not None, "with_ctc": nano.ctc is not None, "lora": parts["lora"],
             "ctc_symbols": parts["symbols"], "ctc_kind": cfg["dataset_conf.ctc_tokenizer"],
-            "ctc_vocab": cfg["dataset_conf.ctc_tokenizer_conf.vocab_path"],
-            "normalize": cfg["dataset_conf.ctc_target_normalize"]}
+            "ctc_vocab": cfg["dataset_conf.ctc_tokenizer_conf.vocab_path"]}
 
 
 # ---- validation -------------------------------------------------------------------------------------------------

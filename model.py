@@ -1573,8 +1573,7 @@ def ctc_tokenizer_of(nano, path):
 def load_nano(folder, llm_dtype=torch.float32, with_llm=True):
     """Load a recogniser: the official folder, a merged one, or a run folder of finetune_encoder.py.
 
-    Output  (nano, frontend, LLM tokenizer or None, CTC tokenizer or None, normalize), frozen, on the CPU; normalize:
-            the CTC branch was trained on normalised text.
+    Output  (nano, frontend, LLM tokenizer or None, CTC tokenizer or None), frozen, on the CPU.
     Raises  ValueError naming what is missing, or if the base of a run is not the one it was trained on.
     """
     folder, run = Path(folder), {}
@@ -1607,11 +1606,11 @@ def load_nano(folder, llm_dtype=torch.float32, with_llm=True):
     else:
         ctc_tokenizer = ctc_tokenizer_of(nano, run.get("ctc_vocab") or base / "multilingual.tiktoken")
     if conf["audio_encoder"] != "SenseVoiceEncoderSmall":
-        return freeze(nano), nano.audio_encoder, tokenizer, ctc_tokenizer, run["normalize"]
+        return freeze(nano), nano.audio_encoder, tokenizer, ctc_tokenizer
     front = conf["frontend_conf"]
     frontend = NanoFrontend(front.get("fs", 16000), front.get("mel_axis", "native"), front.get("dither", 1.0),
                             load_cmvn(front["cmvn_file"]) if front.get("cmvn_file") else None)
-    return freeze(nano), frontend, tokenizer, ctc_tokenizer, run.get("normalize", False)
+    return freeze(nano), frontend, tokenizer, ctc_tokenizer
 
 
 def add_lora(llm, r, alpha, dropout, targets):

@@ -9,12 +9,10 @@ import sys
 from pathlib import Path
 
 import make_twins
-import numpy as np
 import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
-import yaml
 
 import finetune_encoder as ft
 import model
@@ -86,9 +84,9 @@ def test_every_key_is_read_or_answered():
                                              "dataset_conf.prompt_conf.use_asr_hotwords"}  # fmt: skip
     for key in ft.DEFAULTS:
         short = key.split(".", 1)[-1]
-        found = f'"{key}"' in body or key in read or (key.startswith("dataset_conf.") and f'conf + "{short}"' in body) or (
-            key.startswith("train_conf.") and f'"{short}"' in body) or f'.get("{key}")' in body  # fmt: skip
-        found = found or key in ("llm_weight", "ctc_weight", "distill_weight", "base")
+        found = f'"{key}"' in body or key in read or key in ("llm_weight", "ctc_weight", "distill_weight", "base")
+        found |= key.startswith("dataset_conf.") and f'conf + "{short}"' in body
+        found |= key.startswith("train_conf.") and f'"{short}"' in body
         assert found != (key in ft.NO_EFFECT), key
     assert not set(ft.NO_EFFECT) & set(ft.ONLY) and not set(ft.ONLY) - set(ft.DEFAULTS) and end > start
 
@@ -109,9 +107,9 @@ def test_shipped_configurations_load(path):
 
 def test_what_the_three_configurations_ask_for():
     stage1, telephone, hub = (ft.finish_config(config(path)) for path in CONFIGS)
-    assert (stage1["frontend_conf.fs"], stage1["optim_conf.lr"], stage1["ctc_decoder_conf.freeze"]) == (8000, 1e-4, True)
-    assert (telephone["frontend_conf.fs"], telephone["optim_conf.lr"], telephone["train_conf.max_epoch"]) == (16000, 5e-5,
-                                                                                                              20)
+    keys = ("frontend_conf.fs", "optim_conf.lr", "ctc_decoder_conf.freeze", "train_conf.max_epoch")
+    assert [stage1[key] for key in keys] == [8000, 1e-4, True, 10]
+    assert [telephone[key] for key in keys] == [16000, 5e-5, False, 20]
     assert not stage1["audio_encoder_conf.freeze"] and stage1["specaug_conf.time_mask_width_range"] == [0, 50]
     differing = {key for key in ft.DEFAULTS if telephone[key] != hub[key]}
     assert differing == {"model", "init_param", "output_dir"}
@@ -250,7 +248,8 @@ def test_every_clip_is_in_one_batch_and_no_batch_is_empty_or_too_large(cfg):
         assert 1 <= len(batch) <= 5 and (len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 1000)
     longest = [max(lengths[i] for i in batch) for batch in batches]
     assert longest != sorted(longest)  # FunASR's go from short to long
-    assert batches != ft.epoch_batches(rows, 0, cfg, 1, epoch=4) and batches == ft.epoch_batches(rows, 0, cfg, 1, epoch=3)
+    assert batches != ft.epoch_batches(rows, 0, cfg, 1, epoch=4)
+    assert batches == ft.epoch_batches(rows, 0, cfg, 1, epoch=3)
     shares = [len(batch) for batch in ft.epoch_batches(rows, 0, cfg, 4, epoch=0)]
     assert min(shares) >= 4
 
@@ -364,7 +363,8 @@ def test_detach_ctc_decoder_keeps_ctc_from_the_encoder(prepared, detached):
     tuner(batch)["ctc"].backward()
     reached = any(p.grad is not None and bool(p.grad.any()) for p in parts["nano"].audio_encoder.parameters())
     assert reached is not detached
-    assert bool(parts["nano"].ctc.ctc_lo.weight.grad.any()) and bool(parts["nano"].ctc_decoder.linear1.weight.grad.any())
+    nano = parts["nano"]
+    assert bool(nano.ctc.ctc_lo.weight.grad.any()) and bool(nano.ctc_decoder.linear1.weight.grad.any())
 
 
 def test_frozen_parts_stay_in_eval_and_without_gradient(prepared):
@@ -398,7 +398,8 @@ def test_optimizer_groups(prepared):
     nano, blocks = parts["nano"], ft.encoder_blocks(parts["nano"].audio_encoder)
     assert found[id(blocks[-1].norm1.weight)] == (1.0, 0.0)
     assert found[id(blocks[0].feed_forward.w_1.weight)] == (0.5 ** (len(blocks) - 1), 0.01)
-    assert found[id(nano.ctc.ctc_lo.weight)] == (10.0, 0.01) and found[id(nano.audio_encoder.tp_norm.bias)] == (1.0, 0.0)
+    assert found[id(nano.ctc.ctc_lo.weight)] == (10.0, 0.01)
+    assert found[id(nano.audio_encoder.tp_norm.bias)] == (1.0, 0.0)
 
 
 # ---- training -----------------------------------------------------------------------------------------------------
@@ -450,8 +451,9 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("extra", [[], ["distill_weight=0.5", "train_conf.accum_grad=2", "optim_conf.layer_decay=0.9"]])
 def test_resume_is_bitwise_exact(world, tmp_path, monkeypatch, extra):
-    arguments = [*world["stage1"], "train_conf.max_steps=6", "train_conf.save_checkpoint_interval=2",
-                 "train_conf.validate_interval=3", f"telephone_conf.data_set_list={world['wide']}", "data_mix=0",
+    arguments = [*world["stage1"], "train_conf.max_steps=6", "train_conf.max_epoch=4",
+                 "train_conf.save_checkpoint_interval=2", "train_conf.validate_interval=3",
+                 f"telephone_conf.data_set_list={world['wide']}", "data_mix=0",
                  "clean_data_set_list=", *extra]  # fmt: skip
     call(*arguments, f"output_dir={tmp_path / 'whole'}")
     real = ft.train_step
@@ -497,9 +499,11 @@ def test_two_processes_give_the_weights_of_one_with_twice_the_batch(world, tmp_p
         torch.testing.assert_close(value, two[name], atol=2e-5, rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("extra", [["train_conf.use_bf16=true"], ["audio_encoder_conf.activation_checkpoint=true"],
-                                   ["llm_conf.use_lora=true"], ["llm_conf.freeze=false", "audio_adaptor_conf.freeze=false"],
-                                   ["llm=none"], ["audio_encoder_conf.freeze_layer_num=2"]])  # fmt: skip
+@pytest.mark.parametrize("extra", [
+    ["train_conf.use_bf16=true"], ["audio_encoder_conf.activation_checkpoint=true"], ["llm_conf.use_lora=true"],
+    ["llm_conf.freeze=false", "audio_adaptor_conf.freeze=false"], ["llm=none"],
+    ["audio_encoder_conf.freeze_layer_num=2"],
+])  # fmt: skip
 def test_other_ways_to_train(world, tmp_path, extra):
     call(*world["stage1"], f"output_dir={tmp_path / 'r'}", "train_conf.max_steps=2", *extra)
     trained = model.read_weights(tmp_path / "r" / "trained.pt")
@@ -514,9 +518,11 @@ def test_other_ways_to_train(world, tmp_path, extra):
 def test_distillation_needs_no_transcripts(world, tmp_path):
     rows = [{"key": r["key"], "source": r["source"], "target": ""} for r in model.read_manifest(world["wide"])]
     (tmp_path / "untold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    call(CONFIGS[0], *world["twin"], "train_data_set_list=", f"telephone_conf.data_set_list={tmp_path / 'untold.jsonl'}",
-         f"clean_valid_data_set_list={world['wide']}", "valid_data_set_list=", "clean_data_set_list=", "data_mix=0",
-         "llm=none", "llm_weight=0", "ctc_weight=0", "distill_weight=1", "optim_conf.lr=1e-3", "train_conf.max_epoch=12",
+    call(CONFIGS[0], *world["twin"], "train_data_set_list=",
+         f"telephone_conf.data_set_list={tmp_path / 'untold.jsonl'}", f"clean_valid_data_set_list={world['wide']}",
+         "valid_data_set_list=", "clean_data_set_list=", "data_mix=0", "llm=none", "llm_weight=0", "ctc_weight=0",
+         "distill_weight=1", "optim_conf.lr=1e-3",
+         "train_conf.max_epoch=12",
          "scheduler_conf.warmup_steps=4", "dataset_conf.num_workers=0", "specaug=", "telephone_conf.noise_prob=0",
          "telephone_conf.packet_loss_prob=0", "train_conf.log_interval=1", f"output_dir={tmp_path / 'r'}")
     results = json.loads((tmp_path / "r" / "results.json").read_text())
@@ -525,18 +531,21 @@ def test_distillation_needs_no_transcripts(world, tmp_path):
 
 def test_a_small_encoder_from_scratch_overfits(world, tmp_path):
     """The whole stage-1 path (8 kHz, SpecAug, CTC) on a 4-block SANM encoder with a word head."""
-    call(CONFIGS[0], "init_param=scratch", "llm=none", "llm_weight=0", "ctc_decoder=none", "ctc_decoder_conf.freeze=false",
-         "dataset_conf.ctc_tokenizer=word", "audio_encoder_conf.num_blocks=3", "audio_encoder_conf.tp_blocks=1",
-         "audio_encoder_conf.output_size=64", "audio_encoder_conf.linear_units=128", f"train_data_set_list={world['narrow']}",
+    many = ",".join([str(world["narrow"])] * 10)  # epochs of 100 clips: fewer validations
+    call(CONFIGS[0], "init_param=scratch", "llm=none", "llm_weight=0", "ctc_decoder=none",
+         "ctc_decoder_conf.freeze=false", "dataset_conf.ctc_tokenizer=word",
+         "audio_encoder_conf.num_blocks=3", "audio_encoder_conf.tp_blocks=1",
+         "audio_encoder_conf.output_size=64", "audio_encoder_conf.linear_units=128", f"train_data_set_list={many}",
          f"valid_data_set_list={world['narrow']}", "clean_valid_data_set_list=", "clean_data_set_list=", "data_mix=0",
-         "optim_conf.lr=3e-3", "optim_conf.ctc_lr=3e-3", "scheduler_conf.warmup_steps=20", "train_conf.max_epoch=120",
+         "optim_conf.lr=3e-3", "optim_conf.ctc_lr=3e-3", "scheduler_conf.warmup_steps=20", "train_conf.max_epoch=25",
          "dataset_conf.num_workers=0", "train_conf.validate_interval=1000", "train_conf.early_stopping_patience=0",
-         "audio_encoder_conf.dropout_rate=0", "audio_encoder_conf.attention_dropout_rate=0", f"output_dir={tmp_path / 'r'}")
+         "audio_encoder_conf.dropout_rate=0", "audio_encoder_conf.attention_dropout_rate=0",
+         f"output_dir={tmp_path / 'r'}")
     assert json.loads((tmp_path / "r" / "results.json").read_text())["after"]["telephone_ctc_er"] < 0.05
 
 
 def test_whisper_encoder_with_a_head_of_its_own_and_a_second_run_from_the_first(world, whisper_folder, tmp_path):
-    common = [CONFIGS[0], f"audio_encoder={whisper_folder}", "model=FunASRNano", "init_param=", "llm=none", "llm_weight=0",
+    common = [CONFIGS[0], f"audio_encoder={whisper_folder}", "init_param=", "llm=none", "llm_weight=0",
               "ctc_decoder=none", "ctc_decoder_conf.freeze=false", "dataset_conf.ctc_tokenizer=char",
               "frontend_conf.fs=16000", *world["lists"], "dataset_conf.num_workers=0", "scheduler_conf.warmup_steps=2"]
     call(*common, "audio_encoder_conf.freeze=true", "train_conf.max_epoch=2", "optim_conf.ctc_lr=1e-3",
@@ -547,8 +556,8 @@ def test_whisper_encoder_with_a_head_of_its_own_and_a_second_run_from_the_first(
     trained = model.read_weights(tmp_path / "top" / "trained.pt")
     assert any(name.startswith("audio_encoder.net.layers.1") for name in trained)
     assert not any(name.startswith(("audio_encoder.net.layers.0", "audio_encoder.net.conv1")) for name in trained)
-    nano, frontend, _, tokenizer, normalize = model.load_nano(tmp_path / "top")
-    assert frontend is nano.audio_encoder and normalize and tokenizer.kind == "char"
+    nano, frontend, _, tokenizer = model.load_nano(tmp_path / "top")
+    assert frontend is nano.audio_encoder and tokenizer.kind == "char"
     before = json.loads((tmp_path / "top" / "results.json").read_text())["before"]
     after = json.loads((tmp_path / "head" / "results.json").read_text())["after"]
     assert before["telephone_ctc_er"] == pytest.approx(after["telephone_ctc_er"])
@@ -609,7 +618,7 @@ def test_merge_refuses_another_base_and_a_used_folder(finished, official_folder,
 def test_check_goes_through_the_list_and_exits_0(world, tmp_path):
     run = command(*world["stage1"], f"output_dir={tmp_path / 'r'}", "--check")
     assert run.returncode == 0, run.stdout + run.stderr
-    for line in ("tensors, 0 loaded" if False else "missing: none, mismatched: none", "audio_encoder: ", "trainable",
+    for line in ("missing: none, mismatched: none", "audio_encoder: ", "trainable",
                  "llm (weight 1) reaches audio_encoder", "ctc (weight 1) reaches audio_encoder", "learning rate: peak",
                  "SpecAug: 1 x up to 10 mel bins", "train: 10 clips", "GiB free", "memory: about",
                  "data_split_num=256 changes nothing: one epoch is one pass"):
@@ -656,7 +665,8 @@ def test_a_frozen_random_ctc_head_is_refused_and_a_trainable_one_trains(world, t
     folder = make_twins.official_folder(tmp_path / "hf", with_ctc=False)
     init = f"init_param={folder}/model.pt"
     assert "a frozen random head would teach noise" in refused(world, tmp_path, init)
-    call(*world["stage1"], init, "ctc_decoder_conf.freeze=false", "train_conf.max_steps=1", f"output_dir={tmp_path / 'a'}")
+    call(*world["stage1"], init, "ctc_decoder_conf.freeze=false", "train_conf.max_steps=1",
+         f"output_dir={tmp_path / 'a'}")
     assert "ctc.ctc_lo.weight" in model.read_weights(tmp_path / "a" / "trained.pt")
     assert model.load_nano(tmp_path / "a")[0].ctc is not None
     call(*world["stage1"], init, "ctc_weight=0", "train_conf.max_steps=1", f"output_dir={tmp_path / 'b'}")
@@ -727,3 +737,37 @@ def test_a_users_mistake_is_one_line_and_exit_status_2(tmp_path):
     run = command(CONFIGS[0], "optim_conf.lrr=1")
     assert run.returncode == 2 and run.stderr.count("\n") == 1 and "did you mean 'optim_conf.lr'" in run.stderr
     assert command("merge", "a").returncode == 2 and command(CONFIGS[0], "--show").returncode == 2
+
+
+# ---- infer.py on what training leaves -------------------------------------------------------------------------------
+
+
+def infer_on(folder, *arguments):
+    import infer
+
+    words = infer.split_arguments([str(a) for a in (f"model.dir={folder}", "workers=0", *arguments)])
+    return infer.main(infer.load_config(words, infer.DEFAULTS))
+
+
+def test_infer_takes_a_run_folder_and_a_merged_folder(finished, official_folder, world, tmp_path):
+    ft.merge(finished, official_folder / "model.pt", tmp_path / "m")
+    clip = world["folder"] / "wide" / "utt001.wav"
+    by_ctc = infer_on(finished, "decode.readout=ctc", clip)["results"][0]
+    assert by_ctc["text"] == by_ctc["ctc_text"] != ""
+    by_llm = infer_on(tmp_path / "m", "decode.max_new_tokens=6", "hotwords=张三,李四", clip)["results"][0]
+    assert "ctc_text" in by_llm and by_llm["duration_s"] == pytest.approx(soundfile.info(clip).duration, abs=0.01)
+    words = by_ctc["segments"][0].get("words")
+    assert words is None or all(w["start"] <= w["end"] <= by_ctc["duration_s"] + 0.06 for w in words)
+
+
+def test_infer_gives_word_times_by_forced_alignment(official_folder, world):
+    import infer
+
+    cfg = infer.load_config([f"model.dir={official_folder}"], infer.DEFAULTS)
+    listener = infer.load_listener(cfg, torch.device("cpu"), torch.float32)
+    log_probs = torch.full((20, listener.ctc.blank + 1), -20.0)
+    log_probs[:, listener.ctc.blank] = 0.0
+    for place, label in zip((3, 5, 12), listener.ctc_tokenizer.encode("one two")):
+        log_probs[place, label], log_probs[place, listener.ctc.blank] = 0.0, -20.0
+    words = infer.align(log_probs, "one two", listener)
+    assert [word for word, _, _ in words] == ["one", "two"] and words[0][1] == pytest.approx(3 * 0.06)

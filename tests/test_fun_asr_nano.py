@@ -40,7 +40,7 @@ def theirs(official_folder):
 
 @pytest.fixture(scope="module")
 def ours(official_folder):
-    nano, frontend, tokenizer, ctc_tokenizer, _ = model.load_nano(official_folder)
+    nano, frontend, tokenizer, ctc_tokenizer = model.load_nano(official_folder)
     frontend.dither = 0.0
     return nano, frontend, tokenizer, ctc_tokenizer
 
@@ -265,12 +265,12 @@ def rewrite(folder, change):
 
 def test_the_copy_without_ctc_loads_and_has_no_ctc_branch(tmp_path):
     folder = make_twins.official_folder(tmp_path / "hf", with_ctc=False, tiktoken=False)
-    nano, _, _, ctc_tokenizer, _ = model.load_nano(folder)
+    nano, _, _, ctc_tokenizer = model.load_nano(folder)
     assert nano.ctc is None and nano.ctc_decoder is None and ctc_tokenizer is None
 
 
 def test_the_llm_can_be_left_out(official_folder):
-    nano, _, tokenizer, ctc_tokenizer, _ = model.load_nano(official_folder, with_llm=False)
+    nano, _, tokenizer, ctc_tokenizer = model.load_nano(official_folder, with_llm=False)
     assert nano.llm is None and nano.audio_adaptor is None and tokenizer is None and ctc_tokenizer is not None
 
 
