@@ -6,7 +6,8 @@
 
 INPUT   audio files, folders (searched for audio at any depth), manifests (.jsonl, Kaldi folder, data_aishell:test).
 Needs   model.dir: config.json, adaptor_phase2_final.pt and, where they were trained, ctc_head.pt and lora.pt; or
-        adaptor.file: a published state dict alone, described by encoder.*, llm.* and adaptor.*
+        adaptor.file: a published state dict alone, described by encoder.*, llm.* and adaptor.*; or
+        model.dir: a run folder of finetune_encoder.py, a folder that its `merge` wrote, or Fun-ASR-Nano's own
 Output  one file for each ending in `out`; without `out` the transcripts are printed
         .txt    key, transcript and translation, separated by tabs
         .jsonl  key, source, text, duration_s, segments (start, end, text, times, words); with translate: translation;
@@ -54,7 +55,7 @@ import model
 
 DEFAULTS = {
     "inputs": [],  # what stands on the command line without "="
-    "model.dir": "",  # run.dir of train_phase2.py, or training.output_dir of train_steermoe.py
+    "model.dir": "",  # folder of train_phase2.py, train_steermoe.py or finetune_encoder.py, or Fun-ASR-Nano's
     "adaptor.file": "",  # instead: a state dict without config.json, such as the published adaptor_phase2_final.pt
     "encoder.name": "",  # hub name or folder; "": as config.json says
     "encoder.language": "auto",  # this and the next two: with adaptor.file only, config.json knows them
@@ -72,6 +73,7 @@ DEFAULTS = {
     "language": "",  # takes the place of {language} in the prompt; "": the row's own
     "hotwords": [],  # names that may occur
     "draft": ["auto"],  # CTC 1-best in the prompt: auto (as trained), true, false; a list, since YAML's true is no str
+    "decode.readout": "llm",  # llm or ctc: whose transcript is the text
     "decode.max_new_tokens": 0,  # per segment; 0: by its duration
     "decode.repetition_penalty": 1.0,
     "decode.no_repeat_ngram_size": 0,
@@ -425,8 +427,37 @@ def check_identity(found, settings, part):
         raise ValueError(f"{found['name']} is not the {part} of training: {', '.join(differing)}; give {part}.name")
 
 
+def is_nano(folder):
+    """A Fun-ASR-Nano folder (released or merged) or a run folder of finetune_encoder.py."""
+    return bool(str(folder)) and ((Path(folder) / "trained.pt").is_file() or (Path(folder) / "model.pt").is_file())
+
+
+def load_nano_listener(cfg, device, dtype):
+    """The same for Fun-ASR-Nano; only its LLM is bf16 on a GPU, as in FunASR."""
+    if cfg["decode.ctc_weight"] > 0:
+        raise ValueError("decode.ctc_weight is for models of train_phase2.py: here the CTC head has another vocabulary "
+                         "than the LLM")
+    nano, frontend, tokenizer, ctc_tokenizer = model.load_nano(cfg["model.dir"], dtype, cfg["decode.readout"] != "ctc")
+    nano = nano.to(device)
+    if nano.llm is None:
+        cfg["decode.readout"] = "ctc"
+    if cfg["decode.readout"] == "ctc" and nano.ctc is None or cfg["translate"] and nano.llm is None:
+        lacks = "CTC branch to read" if nano.ctc is None else "LLM to translate"
+        raise ValueError(f"{cfg['model.dir']}: has no {lacks}")
+    return SimpleNamespace(
+        encoder=frontend, nano=nano, ctc=nano.ctc, llm=nano.llm, tokenizer=tokenizer, ctc_tokenizer=ctc_tokenizer,
+        read_ctc=lambda path: ctc_tokenizer.decode(path).strip(), draft=False, device=device, dtype=torch.float32,
+        stop_id=tokenizer and tokenizer.convert_tokens_to_ids("<|im_end|>"), position_s=frontend.frame_ms / 1000,
+        settings={"encoder.name": cfg["model.dir"], "llm.name": "its own" if nano.llm is not None else "none"},
+    )
+
+
 def load_listener(cfg, device, dtype):
     """Encoder, adaptor, CTC head (or None), LLM with its LoRA, tokenizer, and how they were used in training."""
+    if cfg["decode.readout"] not in ("llm", "ctc"):
+        raise ValueError(f"decode.readout: expected llm or ctc, got {cfg['decode.readout']!r}")
+    if not cfg["adaptor.file"] and is_nano(cfg["model.dir"]):
+        return load_nano_listener(cfg, device, dtype)
     settings, adaptor_file = read_settings(cfg)
     get, folder = settings.get, adaptor_file.parent
     encoder = model.load_encoder(
@@ -460,8 +491,11 @@ def load_listener(cfg, device, dtype):
         ctc = model.CTCHead(table.shape[1], embedding=table, token_ids=head.get("token_ids", []))
         model.load_weights(ctc, folder / "ctc_head.pt")
         ctc = model.freeze(ctc).to(device)
+    if cfg["decode.readout"] == "ctc" and ctc is None:
+        raise ValueError(f"decode.readout=ctc: {folder} has no ctc_head.pt")
     return SimpleNamespace(
         encoder=encoder, adaptor=model.freeze(adaptor).to(device), ctc=ctc, llm=llm, tokenizer=tokenizer, draft=draft,
+        nano=None, read_ctc=lambda path: tokenizer.decode(ctc.tokens(path)).strip(),
         stop_id=model.end_of_turn(tokenizer), settings=settings, device=device, dtype=dtype,
         position_s=encoder.frame_ms * settings["adaptor.stack"] / 1000,
     )
@@ -480,10 +514,25 @@ def read_draft(cfg, trained_share):
 
 def make_prompt(row, draft, listener, cfg):
     """The prompt of training with what the user or the row says in its place."""
+    hotwords = cfg["hotwords"] or row.get("hotwords") or ()
+    if listener.nano is not None:
+        return model.nano_prompt(listener.tokenizer, cfg["language"], hotwords)
     return model.build_prompt(
         listener.tokenizer, cfg["prompt"] or row.get("prompt") or listener.settings.get("llm.prompt", ""), draft,
-        cfg["language"] or row.get("language"), cfg["hotwords"] or row.get("hotwords") or (),
-        listener.settings.get("llm.system"))
+        cfg["language"] or row.get("language"), hotwords, listener.settings.get("llm.system"))
+
+
+def listen(listener, feats, lens):
+    """Encoder outputs and lens, speech for the LLM and lens (None without an LLM), CTC scores (or None) and lens."""
+    if listener.nano is None:
+        enc, enc_lens = listener.encoder(feats, lens)  # (B, T', W)
+        heard = model.speech_for_llm(listener.adaptor, listener.ctc, enc.float(), enc_lens,
+                                     listener.settings.get("llm.speech", "frames"))
+        return enc, enc_lens, *heard
+    nano = listener.nano
+    enc, enc_lens = nano.encode(feats, lens)
+    speech = nano.listen(enc, enc_lens) if nano.llm is not None else (None, None)
+    return enc, enc_lens, *speech, *(nano.ctc_log_probs(enc, enc_lens) if nano.ctc is not None else (None, enc_lens))
 
 
 @torch.no_grad()
@@ -493,34 +542,35 @@ def transcribe(batch, rows, listener, cfg):
     lens = torch.tensor([len(feats) for _, _, feats, _, _ in batch])
     feats = pad_sequence([feats for _, _, feats, _, _ in batch], batch_first=True)  # (B, T, F)
     with autocast(device, listener.dtype):
-        enc, enc_lens = listener.encoder(feats.to(device), lens.to(device))  # (B, T', W)
+        enc, enc_lens, speech, speech_lens, log_probs, emb_lens = listen(listener, feats.to(device), lens.to(device))
         own_ctc = cfg["ctc"] and getattr(listener.encoder, "ctc_tokenizer", None) is not None
         encoder_texts = listener.encoder.ctc_text(enc, enc_lens) if own_ctc else None
-        speech, speech_lens, log_probs, emb_lens = model.speech_for_llm(
-            listener.adaptor, ctc, enc.float(), enc_lens, listener.settings.get("llm.speech", "frames"))
         drafts, counts = [None] * len(batch), [None] * len(batch)
         if ctc is not None:
             paths = model.ctc_greedy(log_probs, emb_lens, ctc.blank)
-            drafts = [tokenizer.decode(ctc.tokens(path)).strip() for path in paths]
+            drafts = [listener.read_ctc(path) for path in paths]
             if listener.settings.get("llm.speech") == "ctc":  # then the head is trained, and its count can be trusted
                 counts = [len(path) for path in paths]
-        prompts = [make_prompt(rows[piece[0]], draft if listener.draft else None, listener, cfg)
-                   for piece, draft in zip(batch, drafts)]
-        spliced = model.splice(listener.llm.get_input_embeddings(), prompts, speech, speech_lens, pad_left=True)
-        caps = [cfg["decode.max_new_tokens"] or model.token_cap(end - start, count)
-                for (*_, start, end), count in zip(batch, counts)]
-        guesses = None
-        if ctc is not None and cfg["decode.speculative"]:
-            guesses = [model.text_to_ids(tokenizer, draft) for draft in drafts]
-        answers, _ = model.greedy_decode(listener.llm, spliced, listener.stop_id, caps,
-                                         cfg["decode.repetition_penalty"], cfg["decode.no_repeat_ngram_size"], guesses)
-        if cfg["decode.ctc_weight"] > 0 and ctc is not None:
-            clips = zip(answers, log_probs, emb_lens, prompts, speech, speech_lens)
-            answers = [choose(answer, scores[:length], prompt, heard[:positions], listener, cfg)
-                       for answer, scores, length, prompt, heard, positions in clips]
+        answers = None
+        if cfg["decode.readout"] == "llm":
+            prompts = [make_prompt(rows[piece[0]], draft if listener.draft else None, listener, cfg)
+                       for piece, draft in zip(batch, drafts)]
+            spliced = model.splice(listener.llm.get_input_embeddings(), prompts, speech, speech_lens, pad_left=True)
+            caps = [cfg["decode.max_new_tokens"] or model.token_cap(end - start, count)
+                    for (*_, start, end), count in zip(batch, counts)]
+            guesses = None
+            if ctc is not None and cfg["decode.speculative"]:
+                guesses = [model.text_to_ids(tokenizer, draft) for draft in drafts]
+            answers, _ = model.greedy_decode(
+                listener.llm, spliced, listener.stop_id, caps, cfg["decode.repetition_penalty"],
+                cfg["decode.no_repeat_ngram_size"], guesses)
+            if cfg["decode.ctc_weight"] > 0 and ctc is not None:
+                clips = zip(answers, log_probs, emb_lens, prompts, speech, speech_lens)
+                answers = [choose(answer, scores[:length], prompt, heard[:positions], listener, cfg)
+                           for answer, scores, length, prompt, heard, positions in clips]
     segments = []
     for n, (_, _, _, start, end) in enumerate(batch):
-        text = tokenizer.decode(answers[n], skip_special_tokens=True).strip()
+        text = drafts[n] if answers is None else tokenizer.decode(answers[n], skip_special_tokens=True).strip()
         segment = {"start": round(start, 3), "end": round(end, 3), "text": text, "times": "segment"}
         words = align(log_probs[n, : emb_lens[n]], text, listener) if ctc is not None else []
         if words:
@@ -558,14 +608,20 @@ def align(log_probs, text, listener):
 
     It cannot if a token is not in the head's vocabulary, or if there are more tokens than positions.
     """
-    ids = model.text_to_ids(listener.tokenizer, text)
-    classes = listener.ctc.classes(ids)
+    if listener.nano is not None:
+        ids = classes = listener.ctc_tokenizer.encode(text)
+        decode = listener.ctc_tokenizer.decode
+        if decode(classes) != text:  # characters or words that training never had
+            return []
+    else:
+        ids, decode = model.text_to_ids(listener.tokenizer, text), listener.tokenizer.decode
+        classes = listener.ctc.classes(ids)
     if not ids or len(classes) < len(ids) or model.ctc_min_frames(classes) > len(log_probs):
         return []
     spans = model.ctc_align(log_probs, classes, listener.ctc.blank)
     pieces, known = [], ""
     for count in range(1, len(ids) + 1):  # a rare character is several tokens: its text stands at the last of them
-        so_far = listener.tokenizer.decode(ids[:count]).rstrip("\ufffd")
+        so_far = decode(ids[:count]).rstrip("\ufffd")
         pieces.append(so_far[len(known) :])
         known = so_far
     words = model.word_times(spans, pieces, listener.position_s)
@@ -828,8 +884,9 @@ def main(cfg):
     listener = load_listener(cfg, device, dtype)
     for path in outputs:
         path.parent.mkdir(parents=True, exist_ok=True)
-    before, after = make_prompt({}, "DRAFT" if listener.draft else None, listener, cfg)
-    print(f"prompt: {listener.tokenizer.decode(before)!r} SPEECH {listener.tokenizer.decode(after)!r}")
+    if listener.llm is not None:
+        before, after = make_prompt({}, "DRAFT" if listener.draft else None, listener, cfg)
+        print(f"prompt: {listener.tokenizer.decode(before)!r} SPEECH {listener.tokenizer.decode(after)!r}")
     print(f"{len(rows)} clips | encoder {listener.settings['encoder.name']}, LLM {listener.settings['llm.name']}, "
           f"device {device}, {dtype}, torch {torch.__version__}, seed {cfg['seed']}", flush=True)
     started, clips, bad = time.time(), {}, []

@@ -901,6 +901,12 @@ def end_of_turn(tokenizer):
     return ids[0]
 
 
+def join_names(hotwords):
+    """Hotwords, a list or one string with commas, as they stand in a prompt."""
+    hotwords = re.split(r"[,，]\s*", hotwords) if isinstance(hotwords, str) else map(str, hotwords)
+    return ", ".join(filter(None, hotwords))
+
+
 def build_prompt(tokenizer, prompt, draft=None, language=None, hotwords=(), system=None):
     """The one prompt of training and inference: a chat turn with the audio inside.
 
@@ -913,8 +919,7 @@ def build_prompt(tokenizer, prompt, draft=None, language=None, hotwords=(), syst
     """
     if "{language}" in prompt:
         prompt = prompt.replace("{language}", language or "")
-    hotwords = re.split(r"[,，]\s*", hotwords) if isinstance(hotwords, str) else map(str, hotwords)
-    if names := ", ".join(filter(None, hotwords)):
+    if names := join_names(hotwords):
         prompt = ("热词列表：[{}]\n" if is_cjk(prompt[:1]) else "Hotwords: [{}]\n").format(names) + prompt
     prompt, draft = prompt.replace(AUDIO_MARK, ""), draft and draft.replace(AUDIO_MARK, "")
     user = prompt + AUDIO_MARK + ("" if draft is None else f"\n{draft}")
@@ -1003,7 +1008,7 @@ def hidden_states(llm, spliced, shared=0):
     ).last_hidden_state
 
 
-def transcript_loss(llm, spliced, shared=0):
+def transcript_loss(llm, spliced, shared=0, label_smoothing=0.0):
     """Cross-entropy of the labels through the LLM, logits on label positions only; `shared` as in hidden_states.
 
     Output  (sum of CE in nats, number of label tokens, number of them predicted right), all on the device.
@@ -1013,7 +1018,8 @@ def transcript_loss(llm, spliced, shared=0):
     chosen = labels != IGNORE  # position l predicts token l + 1
     logits = llm.lm_head(hidden[chosen]).float()  # (label tokens, V)
     target = labels[chosen]
-    return F.cross_entropy(logits, target, reduction="sum"), chosen.sum(), (logits.argmax(-1) == target).sum()
+    loss = F.cross_entropy(logits, target, reduction="sum", label_smoothing=label_smoothing)
+    return loss, chosen.sum(), (logits.argmax(-1) == target).sum()
 
 
 @torch.no_grad()
@@ -1268,13 +1274,16 @@ def read_jsonl(path):
 
 
 def funasr_row(row, where, number):
-    """FunASR's chat format: the audio is `!path` between <|startofspeech|> and <|endofspeech|>."""
+    """FunASR's chat format: the audio is `!path` between <|startofspeech|> and <|endofspeech|>; one turn a line."""
+    roles = [turn.get("role") for turn in row["messages"]]
     turns = {turn.get("role"): turn.get("content", "") for turn in row["messages"]}
-    audio = re.search(r"<\|startofspeech\|>!?(.*?)<\|endofspeech\|>", turns.get("user", ""))
-    if not audio or "assistant" not in turns:
+    audio = re.findall(r"<\|startofspeech\|>!?(.*?)<\|endofspeech\|>", turns.get("user", ""))
+    if roles.count("user") > 1 or roles.count("assistant") > 1 or len(audio) > 1:
+        raise ValueError(f"{where}: `messages` has several turns or clips; a line is one clip and its answer: split it")
+    if not audio or not audio[0] or "assistant" not in turns:
         raise ValueError(f"{where}: `messages` needs a turn with <|startofspeech|>!path<|endofspeech|> and an answer")
-    extra = {k: v for k, v in row.items() if k in ("key", "language", "hotwords")}
-    return {"key": f"{Path(audio[1]).stem}-{number}", "source": audio[1], "target": turns["assistant"]} | extra
+    extra = {k: v for k, v in row.items() if k in ("key", "language", "hotwords", "asr_hotwords", "speech_length")}
+    return {"key": f"{Path(audio[0]).stem}-{number}", "source": audio[0], "target": turns["assistant"]} | extra
 
 
 def read_kaldi(folder):
@@ -1518,3 +1527,417 @@ def load_steermoe(module, weights, where):
         module.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"{where}: does not fit the configured SteerMoE: {error}") from error
+
+
+# ---- Fun-ASR-Nano -----------------------------------------------------------------------------------------------
+
+CTC_PREFIXES = ("ctc_decoder.", "ctc.")  # the one branch that a released model.pt may lack (Hugging Face's copy does)
+SENSEVOICE_SPECIALS = 1679  # special tokens behind the ranks of multilingual.tiktoken; the blank follows them
+
+
+def llm_positions(frames):
+    """How many adaptor frames the LLM sees, about T / 8: 480 ms a position. Takes and gives a number or a tensor.
+
+    FunASR's `use_low_frame_rate`: nothing is pooled. The adaptor keeps all T frames and the LLM gets the first n, into
+    which encoder and adaptor have learned to pack the clip. Feeding all T is out of distribution for the release.
+    """
+    for _ in range(3):  # three convolutions of stride 2 that were once there: 1 + (T - 3 + 2) // 2 = (T - 1) // 2 + 1
+        frames = (frames - 1) // 2 + 1
+    return frames
+
+
+def telephone_fbank(wave, dither=1.0):
+    """Log-mel of native 8 kHz speech on the mel axis of a 16 kHz front end: (N,) -> (T, 80), 10 ms a frame.
+
+    FunASR at `fs: 8000` spreads its 80 bins over 0-4 kHz, an axis that the encoder has never seen. But 256 points at
+    8 kHz have the same 31.25 Hz bins as 512 points at 16 kHz, so the 16 kHz filters apply to them after a gain per
+    bin: the ratio of the two pre-emphasis responses and the square of the ratio of the window sums. Above 4 kHz
+    there is nothing to see; an upsampled clip has its dither there, so noise of the dither's power is drawn.
+    Departs from upsampling in the lowest bins (DC removal), above 3.8 kHz (the resampler's roll-off) and, with
+    dither off, above 4 kHz, where the other path has window leakage and this one the floor.
+    """
+    half = torch.arange(129) * 31.25  # Hz
+    narrow, wide = (torch.hamming_window(n, periodic=False, alpha=0.54, beta=0.46) for n in (200, 400))
+    frames = (wave.float() * 32768).unfold(0, 200, 80)  # (T, 200)
+    if dither:  # at half the rate the same noise power a Hz takes half the variance
+        frames = frames + dither * 0.5**0.5 * torch.randn(frames.shape)
+    frames = frames - frames.mean(dim=1, keepdim=True)
+    frames = frames - 0.97 * torch.cat([frames[:, :1], frames[:, :-1]], dim=1)
+    power = torch.fft.rfft(frames * narrow, 256).abs() ** 2  # (T, 129)
+
+    def pre_emphasis(hz, rate):
+        return 1 + 0.97**2 - 2 * 0.97 * torch.cos(2 * math.pi * hz / rate)  # |1 - 0.97 z^-1|^2
+
+    power = power * pre_emphasis(half, 16000) / pre_emphasis(half, 8000) * (wide.sum() / narrow.sum()) ** 2
+    above = torch.arange(129, 256) * 31.25
+    level = dither**2 * (wide**2).sum() * pre_emphasis(above, 16000)
+    noise = level * -torch.rand(len(frames), len(above)).clamp(min=1e-30).log()  # power of Gaussian noise
+    filters, _ = torchaudio.compliance.kaldi.get_mel_banks(80, 512, 16000.0, 20.0, 0.0, 100.0, -500.0, 1.0)
+    energies = torch.cat([power, noise], dim=1) @ filters.T  # (T, 256) x (256, 80)
+    return energies.clamp(min=torch.finfo(torch.float32).eps).log()
+
+
+class NanoFrontend:
+    """Audio to features of Fun-ASR-Nano, 60 ms a frame, with the face of a SpeechEncoder.
+
+    fs 16000: any input rate, resampled. fs 8000: native telephone speech, on the `pretrained` mel axis (see
+    telephone_fbank) or on FunASR's own warped one (`mel_axis="native"`), which the released encoder was not trained on.
+    """
+
+    frame_ms = 60.0
+
+    def __init__(self, fs=16000, mel_axis="pretrained", dither=1.0, cmvn=None):
+        if fs not in (8000, 16000) or mel_axis not in ("pretrained", "native"):
+            raise ValueError(f"frontend_conf: fs is 8000 or 16000, mel_axis pretrained or native; got {fs}, {mel_axis}")
+        self.sample_rate, self.mel_axis, self.dither, self.cmvn = fs, mel_axis, dither, cmvn
+
+    def num_frames(self, num_samples):
+        return lfr_frames(fbank_frames(num_samples, self.sample_rate))
+
+    def features(self, wave, key=""):
+        """(N,) -> (ceil(T/6), 560); `key` seeds the dither, as in wav_frontend."""
+        if self.sample_rate == 16000:
+            return wav_frontend(wave, key, self.dither, self.cmvn)
+        if fbank_frames(len(wave), 8000) == 0:
+            raise AudioError(f"{key or 'clip'}: {len(wave) / 8000:.3f} s is shorter than one 25 ms window")
+        seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if self.mel_axis == "pretrained":
+                feats = telephone_fbank(wave, self.dither)
+            else:
+                feats = torchaudio.compliance.kaldi.fbank(
+                    wave[None].float() * 32768, num_mel_bins=80, frame_length=25, frame_shift=10, dither=self.dither,
+                    energy_floor=0.0, window_type="hamming", sample_frequency=8000, snip_edges=True,
+                )
+        feats = apply_lfr(feats)
+        return feats if self.cmvn is None else (feats + self.cmvn[0]) * self.cmvn[1]
+
+
+class SenseVoiceTokenizer:
+    """`multilingual.tiktoken`: text <-> CTC classes; special tokens are never targets and never read out."""
+
+    def __init__(self, path):
+        import base64
+
+        import tiktoken
+
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: no such file; it comes with the model's folder (not with funasr), and the CTC "
+                             "branch cannot be read or trained without it")
+        lines = [line.split() for line in Path(path).read_bytes().splitlines() if line.strip()]
+        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        pattern = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+        self.coder = tiktoken.Encoding("multilingual", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self.ranks, self.classes = len(ranks), len(ranks) + SENSEVOICE_SPECIALS
+
+    def encode(self, text):
+        return self.coder.encode_ordinary(text)
+
+    def decode(self, classes):
+        return self.coder.decode([c for c in classes if c < self.ranks])
+
+
+class SymbolTokenizer:
+    """Characters or words of the training transcripts as CTC classes, for an encoder without a head of its own."""
+
+    def __init__(self, kind, symbols):
+        self.kind, self.symbols, self.classes = kind, list(symbols), len(symbols)
+        self.class_of = {symbol: index for index, symbol in enumerate(self.symbols)}
+
+    @classmethod
+    def of_texts(cls, kind, texts):
+        return cls(kind, sorted({symbol for text in texts for symbol in cls.split(kind, text)}))
+
+    @staticmethod
+    def split(kind, text):
+        return list(text) if kind == "char" else text.split()
+
+    def encode(self, text):
+        """Classes of the symbols that the training transcripts had; others are left out."""
+        return [self.class_of[symbol] for symbol in self.split(self.kind, text) if symbol in self.class_of]
+
+    def decode(self, classes):
+        return ("" if self.kind == "char" else " ").join(self.symbols[c] for c in classes)
+
+
+class FunASRAttention(nn.Module):
+    def __init__(self, size, heads):
+        super().__init__()
+        self.heads = heads
+        self.linear_q, self.linear_k, self.linear_v, self.linear_out = (nn.Linear(size, size) for _ in range(4))
+
+    def forward(self, x, mask):
+        parts = (linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                 for linear in (self.linear_q, self.linear_k, self.linear_v))
+        attended = F.scaled_dot_product_attention(*parts, attn_mask=mask[:, None, None])  # (B, heads, T, D/heads)
+        return self.linear_out(attended.transpose(1, 2).flatten(2))
+
+
+class FunASRBlock(nn.Module):
+    def __init__(self, size, heads):
+        super().__init__()
+        self.self_attn, self.feed_forward = FunASRAttention(size, heads), SANMFeedForward(size, size // 4, 0.0)
+        self.norm1, self.norm2 = nn.LayerNorm(size, eps=1e-12), nn.LayerNorm(size, eps=1e-12)
+
+    def forward(self, x, mask):
+        x = x + self.self_attn(self.norm1(x), mask)
+        return x + self.feed_forward(self.norm2(x))
+
+
+class FunASRTransformer(nn.Module):
+    """FunASR's adaptor class `Transformer`: Linear-ReLU-Linear, then pre-norm blocks without positions or final norm.
+
+    Input   x (B, T, encoder_dim), lens (B,).  Output  (B, ceil(T / k), llm_dim), lens (B,), k = downsample_rate.
+            Rows past lens hold values without meaning; padding, even NaN, never reaches a real one.
+    Source  funasr/models/llm_asr/adaptor.py, whose state-dict names it keeps; adaptor and CTC decoder of the release.
+    """
+
+    def __init__(self, downsample_rate=1, encoder_dim=512, llm_dim=1024, ffn_dim=2048, n_layer=2, attention_heads=8):
+        super().__init__()
+        self.stack = downsample_rate
+        self.linear1 = nn.Linear(encoder_dim * downsample_rate, ffn_dim)
+        self.linear2 = nn.Linear(ffn_dim, llm_dim)
+        self.blocks = nn.ModuleList([FunASRBlock(llm_dim, attention_heads) for _ in range(n_layer)])
+
+    def forward(self, x, lens):
+        x = x.masked_fill(~length_mask(lens, x.shape[1])[..., None], 0.0)
+        x = F.pad(x, (0, 0, 0, -x.shape[1] % self.stack))
+        x = x.reshape(len(x), -1, x.shape[2] * self.stack)  # (B, ceil(T/k), k * encoder_dim)
+        x = self.linear2(F.relu(self.linear1(x)))  # (B, ceil(T/k), llm_dim)
+        lens = (lens - 1) // self.stack + 1
+        mask = length_mask(lens, x.shape[1])
+        for block in self.blocks:
+            x = block(x, mask)
+        return x, lens
+
+
+class CTCOutput(nn.Module):
+    """FunASR's CTC head `ctc.ctc_lo`: one Linear over the vocabulary, the blank last."""
+
+    loss = CTCHead.loss  # sum of -log p over the possible rows, rows left out; needs `blank` only
+
+    def __init__(self, width, size, dropout=0.0):
+        super().__init__()
+        self.ctc_lo, self.blank, self.dropout = nn.Linear(width, size), size - 1, dropout
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):  # log-probabilities in bf16 would be off by 1 %
+            return self.ctc_lo(F.dropout(x.float(), self.dropout, self.training)).log_softmax(-1)
+
+
+class FunASRNano(nn.Module):
+    """Fun-ASR-Nano: encoder, adaptor, Qwen3; beside them a CTC decoder and its head. 868.9 M with CTC.
+
+    Input of encode: features (B, T, 560), 60 ms a frame, lens (B,).  Any part but the encoder may be None.
+    Names   of the state dict are the release's: audio_encoder, audio_adaptor, llm, ctc_decoder, ctc.
+    Source  funasr/models/fun_asr_nano/model.py; equal to it within 1e-4 (tests/test_fun_asr_nano.py).
+    """
+
+    def __init__(self, audio_encoder, audio_adaptor=None, llm=None, ctc_decoder=None, ctc=None, low_frame_rate=True):
+        super().__init__()
+        self.audio_encoder, self.audio_adaptor, self.llm = audio_encoder, audio_adaptor, llm
+        self.ctc_decoder, self.ctc, self.low_frame_rate = ctc_decoder, ctc, low_frame_rate
+
+    def encode(self, feats, lens):
+        """(B, T, F) -> enc (B, T', W) fp32, lens (B,)."""
+        enc, lens = self.audio_encoder(feats, lens)
+        return enc.float(), lens
+
+    def listen(self, enc, lens):
+        """What the LLM hears: the first llm_positions(T) frames of the adaptor's output. -> (B, n, D), (B,)."""
+        emb, emb_lens = self.audio_adaptor(enc, lens)
+        heard = llm_positions(lens) if self.low_frame_rate else emb_lens
+        if bool((heard > emb_lens).any()):
+            raise ValueError("the adaptor gives fewer frames than the LLM expects: audio_adaptor_conf.downsample_rate "
+                             "other than 1 does not go with use_low_frame_rate")
+        return emb[:, : int(heard.max())], heard
+
+    def ctc_log_probs(self, enc, lens):
+        """(B, T, W) -> log-probabilities (B, T, V + 1) fp32, lens; the blank is the last class."""
+        if self.ctc_decoder is not None:
+            enc, lens = self.ctc_decoder(enc, lens)
+        return self.ctc(enc), lens
+
+
+def nano_prompt(tokenizer, language=None, hotwords=(), itn=True):
+    """The prompt that FunASR's inference gives to Fun-ASR-Nano, as (before, after) token ids around the audio.
+
+    FunASR trains with another one (MultiContextPrompt's header stands before it always); here training and inference
+    share this.
+    """
+    text = ""
+    if names := join_names(hotwords):
+        text = "请结合上下文信息，更加准确地完成语音转写任务。如果没有相关信息，我们会留空。\n\n\n"
+        text += f"**上下文信息：**\n\n\n热词列表：[{names}]\n"
+    text += f"语音转写成{language}" if language else "语音转写"
+    text += "：" if itn else "，不进行文本规整："
+    before = f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{text}"
+    parts = before, "<|im_end|>\n<|im_start|>assistant\n"
+    return tuple(tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
+
+
+def unfreeze(module):
+    """Undo `freeze`: gradients on, and `.train()` works again."""
+    for part in module.modules():
+        part.__dict__.pop("train", None)
+    return module.requires_grad_(True).train()
+
+
+def read_nano_weights(path):
+    """Tensors of a released or merged `model.pt`, memory-mapped."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file; give the folder of Fun-ASR-Nano-2512 or its model.pt")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torn file, or a pickle that would run code: weights_only refuses it
+        raise ValueError(f"{path}: not a plain state dict of tensors ({type(error).__name__}); not loaded") from error
+    for wrapper in ("state_dict", "model_state_dict", "model"):
+        weights = weights[wrapper] if isinstance(weights.get(wrapper), dict) else weights
+    return weights
+
+
+def load_qwen(folder, dtype):
+    """Qwen3 with random weights and its tokenizer, from the folder beside model.pt, which holds the weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no config.json of the LLM there; llm_conf.init_param_path names its folder, "
+                         "relative to that of model.pt")
+    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if None in ids or len(tokenizer) > config.vocab_size or not set(ends) & set(ids):
+        raise ValueError(f"{folder}: the tokenizer is of another vocabulary: {len(tokenizer)} tokens, <|im_end|> "
+                         f"{ids[1]}; the LLM has {config.vocab_size} rows and ends with {config.eos_token_id}")
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa"), tokenizer
+
+
+def build_nano(conf, folder=None, llm_dtype=torch.float32, with_llm=True, with_ctc=True, ctc_classes=None):
+    """FunASRNano by FunASR's own nested configuration, all weights random. Output: (nano, tokenizer or None).
+
+    conf    sections of config.yaml. `audio_encoder` other than SenseVoiceEncoderSmall is a name for load_encoder: it
+            comes with its weights, unfrozen, without adaptor and LLM.
+    """
+    sanm = conf["audio_encoder"] == "SenseVoiceEncoderSmall"
+    llm, adaptor, decoder, ctc, tokenizer = None, None, None, None, None
+    if sanm:
+        names = ("output_size", "attention_heads", "linear_units", "num_blocks", "tp_blocks", "kernel_size",
+                 "dropout_rate", "attention_dropout_rate")
+        encoder = SenseVoiceEncoder(560, **{k: v for k, v in conf["audio_encoder_conf"].items() if k in names})
+        width = encoder.output_size
+    else:
+        encoder = unfreeze(load_encoder(conf["audio_encoder"]))
+        width = encoder.width
+
+    def transformer(section):
+        keys = ("downsample_rate", "ffn_dim", "n_layer", "llm_dim", "attention_heads")
+        return FunASRTransformer(encoder_dim=width, **{k: v for k, v in conf[section].items() if k in keys})
+
+    if with_llm and sanm:
+        llm, tokenizer = load_qwen(folder / conf["llm_conf"]["init_param_path"], llm_dtype)
+        adaptor = transformer("audio_adaptor_conf")
+    if with_ctc:
+        if conf.get("ctc_decoder"):
+            decoder = transformer("ctc_decoder_conf")
+            width = decoder.linear2.out_features
+        size = ctc_classes + 1 if ctc_classes else conf.get("ctc_vocab_size", 60515)
+        ctc = CTCOutput(width, size, conf.get("ctc_conf", {}).get("dropout_rate", 0.0))
+    low = conf.get("audio_adaptor_conf", {}).get("use_low_frame_rate", False)
+    return FunASRNano(encoder, adaptor, llm, decoder, ctc, low), tokenizer
+
+
+def load_nano_weights(nano, weights, name, optional=()):
+    """Copy a release's tensors into `nano`, strictly. Output: names of parts that the file lacks.
+
+    optional  prefixes that the file may lack, whole or not at all; the weights of parts that were not built are left
+              alone. Raises ValueError naming what is missing, unknown or of another size.
+    """
+    own = nano.state_dict()
+    absent = [prefix for prefix in optional if not any(key.startswith(prefix) for key in weights)]
+    not_built = {"llm", "audio_adaptor", "ctc_decoder", "ctc"} - {key.split(".")[0] for key in own}
+    missing = [key for key in own if key not in weights and not key.startswith(tuple(absent))]
+    unknown = [key for key in weights if key not in own and key.split(".")[0] not in not_built]
+    wrong = [f"{key} is {tuple(weights[key].shape)}, expected {tuple(own[key].shape)}"
+             for key in own if key in weights and weights[key].shape != own[key].shape]
+    for problem, keys in (("of another size", wrong), ("missing", missing), ("unknown", unknown)):
+        if keys:
+            raise ValueError(f"{name}: {len(keys)} of {len(weights)} tensors are {problem}: {'; '.join(keys[:2])}; the "
+                             "file does not fit the configuration (audio_encoder_conf.*, audio_adaptor_conf.*, ...)")
+    nano.load_state_dict({key: weights[key] for key in own if key in weights}, strict=False)
+    return absent
+
+
+def ctc_tokenizer_of(nano, path):
+    """The tokenizer of a release's CTC head, checked against it."""
+    tokenizer = SenseVoiceTokenizer(path)
+    if tokenizer.classes != nano.ctc.blank:
+        raise ValueError(f"{path}: a tokenizer of another vocabulary: {tokenizer.ranks} ranks, {SENSEVOICE_SPECIALS} "
+                         f"special tokens and a blank do not make the {nano.ctc.blank + 1} classes of the CTC head")
+    return tokenizer
+
+
+def load_nano(folder, llm_dtype=torch.float32, with_llm=True):
+    """Load a recogniser: the official folder, a merged one, or a run folder of finetune_encoder.py.
+
+    Output  (nano, frontend, LLM tokenizer or None, CTC tokenizer or None), frozen, on the CPU.
+    Raises  ValueError naming what is missing, or if the base of a run is not the one it was trained on.
+    """
+    folder, run = Path(folder), {}
+    if (folder / "trained.pt").is_file():
+        run = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        base, conf, with_llm = run["base"] and Path(run["base"]), run["conf"], with_llm and run["with_llm"]
+    else:
+        base = find_model(folder)
+        conf = yaml.safe_load((base / "config.yaml").read_text(encoding="utf-8"))
+    symbols = run.get("ctc_symbols")
+    nano, tokenizer = build_nano(conf, base, llm_dtype, with_llm, run.get("with_ctc", bool(conf.get("ctc_decoder"))),
+                                 len(symbols) if symbols else None)
+    if base:
+        weights = read_nano_weights(base / "model.pt")
+        absent = load_nano_weights(nano, weights, f"{base}/model.pt", CTC_PREFIXES)
+        found = run and hash_tensors(weights)
+        if absent and not run:
+            nano.ctc_decoder, nano.ctc = None, None  # random: reading it out would be noise
+    else:
+        found = getattr(nano.audio_encoder, "identity", {"weights": ""})["weights"]  # "": trained from scratch
+    if run and run["base_hash"] != found:
+        raise ValueError(f"{base or conf['audio_encoder']} is not what {folder} was trained on: its weights' hash is "
+                         f"{found}, in training it was {run['base_hash']}")
+    if run:
+        load_trained_part(nano, read_weights(folder / "trained.pt"), run["lora"], folder / "trained.pt")
+    if nano.ctc is None:
+        ctc_tokenizer = None
+    elif symbols:
+        ctc_tokenizer = SymbolTokenizer(run["ctc_kind"], symbols)
+    else:
+        ctc_tokenizer = ctc_tokenizer_of(nano, run.get("ctc_vocab") or base / "multilingual.tiktoken")
+    if conf["audio_encoder"] != "SenseVoiceEncoderSmall":
+        return freeze(nano), nano.audio_encoder, tokenizer, ctc_tokenizer
+    front = conf["frontend_conf"]
+    frontend = NanoFrontend(front.get("fs", 16000), front.get("mel_axis", "native"), front.get("dither", 1.0),
+                            load_cmvn(front["cmvn_file"]) if front.get("cmvn_file") else None)
+    return freeze(nano), frontend, tokenizer, ctc_tokenizer
+
+
+def add_lora(llm, r, alpha, dropout, targets):
+    """Trainable fp32 LoRA beside the LLM's projections, which stay as they are."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    llm = inject_adapter_in_model(LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets), llm)
+    for parameter in lora_parameters(llm).values():
+        parameter.data = parameter.data.float()
+    return llm
+
+
+def load_trained_part(nano, state, lora, name):
+    """Put the tensors that a run has changed over those of its base; all of them must be known."""
+    if lora:
+        add_lora(nano.llm, **lora)
+    own = nano.state_dict()
+    wrong = [key for key in state if key not in own or own[key].shape != state[key].shape]
+    if nano.llm is None:  # loaded for its CTC read-out only
+        wrong = [key for key in wrong if not key.startswith(("llm.", "audio_adaptor."))]
+    if wrong:
+        raise ValueError(f"{name}: does not fit the configuration of its run: {', '.join(wrong[:3])}")
+    nano.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)

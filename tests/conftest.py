@@ -37,5 +37,6 @@ def twin(make):
 
 sensevoice_folder = twin(make_twins.sensevoice_folder)
 nano_folder = twin(make_twins.nano_folder)
+official_folder = twin(make_twins.official_folder)
 whisper_folder = twin(make_twins.whisper_folder)
 qwen3_folder = twin(make_twins.qwen3_folder)

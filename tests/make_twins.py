@@ -6,6 +6,7 @@ The released weights live on hubs that tests must not need. What the twins canno
 into the full depth) is shown by names and shapes: every builder below takes the released sizes as arguments.
 """
 
+import base64
 import json
 import math
 import sys
@@ -249,6 +250,52 @@ def wav_files(path, n=8, max_words=4, rate=16000, seed=0):
     manifest = path / "manifest.jsonl"
     manifest.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return manifest
+
+
+def tiktoken_file(path):
+    """`multilingual.tiktoken` in little: all bytes, then the beginnings of WORDS, with and without a space before."""
+    tokens = [bytes([byte]) for byte in range(256)]
+    for word in (f"{space}{word}" for word in WORDS for space in ("", " ")):
+        tokens += [word[:n].encode() for n in range(2, len(word) + 1) if word[:n].encode() not in tokens]
+    lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens)]
+    Path(path).write_text("\n".join(lines) + "\n")
+    return len(tokens)
+
+
+def official_folder(path, with_ctc=True, seed=0, tiktoken=True):
+    """FunAudioLLM/Fun-ASR-Nano-2512 in full: with the tokenizers and what funasr's AutoModel needs to load it."""
+    path = nano_folder(path, seed=seed)
+    tokenizer = tiny_tokenizer()
+    llm = tiny_qwen3(len(tokenizer), seed=seed)
+    llm.config.eos_token_id = tokenizer.eos_token_id
+    llm.config.save_pretrained(path / "Qwen3-0.6B")
+    tokenizer.save_pretrained(path / "Qwen3-0.6B")
+    ranks = tiktoken_file(path / "multilingual.tiktoken")
+    classes, width = ranks + model.SENSEVOICE_SPECIALS + 1, ENCODER["output_size"]
+    weights = torch.load(path / "model.pt", weights_only=True)
+    weights = {name: value for name, value in weights.items() if not name.startswith("llm.")}
+    weights |= {f"llm.{name}": value.bfloat16() for name, value in llm.state_dict().items()}
+    weights |= {"ctc.ctc_lo.weight": torch.randn(classes, width), "ctc.ctc_lo.bias": torch.zeros(classes)}
+    weights["ctc.ctc_lo.bias"][ranks:-1] = -100.0  # the release has learned never to say its special tokens
+    if not with_ctc:  # the copy on Hugging Face
+        weights = {name: value for name, value in weights.items() if not name.startswith(("ctc.", "ctc_decoder."))}
+    torch.save(weights, path / "model.pt")
+    config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    config["llm_conf"] |= {"init_param_path": "Qwen3-0.6B", "use_lora": False}
+    config |= {"ctc_vocab_size": classes, "tokenizer": "HuggingfaceTokenizer", "tokenizer_conf": {},
+               "dataset_conf": {"ctc_tokenizer": "SenseVoiceTokenizer", "ctc_target_normalize": True}}
+    config["tokenizer_conf"]["init_param_path"] = "Qwen3-0.6B"
+    (path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    metas = {
+        "init_param": "model.pt", "config": "config.yaml", "llm_conf": {"init_param_path": "Qwen3-0.6B"},
+        "tokenizer_conf": {"init_param_path": "Qwen3-0.6B"},
+        "dataset_conf": {"ctc_tokenizer_conf": {"vocab_path": "multilingual.tiktoken"}},
+    }  # fmt: skip
+    hub = {"framework": "pytorch", "task": "auto-speech-recognition", "model": {"type": "funasr"}}
+    (path / "configuration.json").write_text(json.dumps(hub | {"file_path_metas": metas}), encoding="utf-8")
+    if not tiktoken:
+        (path / "multilingual.tiktoken").unlink()
+    return path
 
 
 if __name__ == "__main__":

@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ["precompute", "train_phase1", "train_phase2", "infer", "train_steermoe"]
+SCRIPTS = ["precompute", "train_phase1", "train_phase2", "infer", "train_steermoe", "finetune_encoder"]
+FINETUNE = ["fun_asr_nano", "stage1", "telephone_8k", "telephone_8k_from_hub", "telephone"]  # finetune_encoder.py's
+
+
+def script_of(config):
+    """The module that reads configs/CONFIG.yaml or configs/demo_CONFIG.yaml."""
+    name = "finetune_encoder" if config in FINETUNE else config
+    return importlib.import_module(name if name in SCRIPTS else f"train_{name}")
 
 
 def section(script, title):
@@ -31,15 +38,20 @@ def test_training_helpers_are_the_same_in_both_phases(title):
     assert section("train_phase1", title) == section("train_phase2", title)
 
 
-@pytest.mark.parametrize("name", ["cut_batches", "epoch_batches", "learning_rate", "trim_metrics", "log_metrics"])
-def test_train_steermoe_repeats_these_functions_to_the_byte(name):
-    """It has other keys and other files than the two phases, so their sections as a whole do not fit it."""
-    def source(script):
-        text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
-        node, = (n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == name)
-        return ast.get_source_segment(text, node)
+def function(script, name):
+    """Source of a top-level function."""
+    text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
+    node, = (n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == name)
+    return ast.get_source_segment(text, node)
 
-    assert source("train_steermoe") == source("train_phase2")
+
+@pytest.mark.parametrize("script, names", [
+    ("train_steermoe", "cut_batches epoch_batches learning_rate trim_metrics log_metrics"),
+    ("finetune_encoder", "cut_batches write_bad trim_metrics log_metrics"),
+])
+def test_these_functions_are_the_same_as_in_phase_2(script, names):
+    """These scripts have other keys and other files than the two phases, so whole sections do not fit them."""
+    assert [function(script, name) for name in names.split()] == [function("train_phase2", n) for n in names.split()]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "steermoe").glob("*.yaml")), ids=lambda path: path.stem)
@@ -52,8 +64,7 @@ def test_every_steermoe_config_loads(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_config_loads(path):
-    name = path.stem.removeprefix("demo_")
-    script = importlib.import_module(name if name in SCRIPTS else f"train_{name}")
+    script = script_of(path.stem.removeprefix("demo_"))
     config = script.load_config([str(path)], script.DEFAULTS)
     assert set(config) == set(script.DEFAULTS)
 
@@ -66,7 +77,7 @@ def test_the_full_configs_write_out_every_key(name):
     assert absent in ([], ["inputs"])
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", SCRIPTS[:-1])  # finetune_encoder.py has a test of its own: test_finetune.py
 def test_every_key_is_read(script):
     text = (ROOT / f"{script}.py").read_text(encoding="utf-8")
     body = text[text.index("\n}\n", text.index("DEFAULTS = {")) :]
