@@ -1188,7 +1188,7 @@ def make_optimizer(nano, cfg, device):
         groups.setdefault((scale, decay), []).append(parameter)
     groups = [{"params": params, "scale": scale, "weight_decay": decay} for (scale, decay), params in groups.items()]
     return torch.optim.AdamW(groups, lr=cfg["optim_conf.lr"], betas=cfg["optim_conf.betas"],
-                             fused=device.type == "cuda")
+                             fused=device.type in ("cuda", "cpu"))
 
 
 def open_run(cfg, rank):

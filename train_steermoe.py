@@ -705,7 +705,7 @@ def make_optimizer(trained, cfg, device):
             "name": kind, "peak": peaks[kind], "lr": peaks[kind], "params": [],
             "weight_decay": cfg["training.weight_decay"] if decays else 0.0})
         group["params"].append(parameter)
-    return torch.optim.AdamW(list(groups.values()), fused=device.type == "cuda")
+    return torch.optim.AdamW(list(groups.values()), fused=device.type in ("cuda", "cpu"))
 
 
 def set_learning_rates(optimizer, step, total, cfg):
