@@ -710,12 +710,12 @@ def summarise(results, bad, seconds, device):
     return summary
 
 
-def print_summary(summary):
+def print_summary(summary, readout="llm"):
     rtf = "" if summary["rtf"] is None else f"RTF {summary['rtf']:.4f}, "
     print(f"{summary['n_clips']} clips, {summary['hours']:.3f} h, {summary['n_bad']} left out | "
           f"{summary['seconds']:.1f} s, {rtf}{summary['audio_s_per_s']:.1f} audio s per s, "
           f"peak memory {summary['peak_memory_gib']:.2f} GiB")
-    names = {"text": "LLM", "ctc_text": "CTC read-out", "encoder_ctc_text": "the encoder's own CTC"}
+    names = {"text": readout.upper(), "ctc_text": "CTC read-out", "encoder_ctc_text": "the encoder's own CTC"}
     for kind, prefix in KINDS.items():
         if summary.get(f"{prefix}error_rate") is not None:
             counts = ", ".join(f"{summary[prefix + name]} {name}" for name in EDITS)
@@ -910,7 +910,7 @@ def main(cfg):
     write_outputs(outputs, results, [rows[index]["speech"] for index in kept], summary, len(rows) > 1)
     if not outputs:
         print("\n".join(text_lines(results)))
-    print_summary(summary)
+    print_summary(summary, cfg["decode.readout"])
     return summary | {"results": results}
 
 

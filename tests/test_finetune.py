@@ -409,7 +409,7 @@ def test_optimizer_groups(prepared):
 def finished(world):
     """stage1.yaml run to its end on the twin: encoder trains at 8 kHz, with rehearsal and SpecAug."""
     folder = world["folder"] / "finished"
-    call(*world["stage1"], f"output_dir={folder}", "optim_conf.lr=2e-3", "train_conf.max_epoch=3")
+    call(*world["stage1"], f"output_dir={folder}", "optim_conf.lr=2e-3", "train_conf.max_epoch=1")
     return folder
 
 
@@ -449,7 +449,8 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("extra", [[], ["distill_weight=0.5", "train_conf.accum_grad=2", "optim_conf.layer_decay=0.9"]])
+@pytest.mark.parametrize("extra", [[], ["distill_weight=0.5", "train_conf.accum_grad=2", "optim_conf.layer_decay=0.9",
+                                   "llm=none", "llm_weight=0"]])
 def test_resume_is_bitwise_exact(world, tmp_path, monkeypatch, extra):
     arguments = [*world["stage1"], "train_conf.max_steps=6", "train_conf.max_epoch=4",
                  "train_conf.save_checkpoint_interval=2", "train_conf.validate_interval=3",

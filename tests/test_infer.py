@@ -354,7 +354,7 @@ def aligned(tokenizer, words, text, positions=40):
     log_probs[:, head.blank] = -1.0
     for n, c in enumerate(head.classes(ids)):
         log_probs[3 * n + 2, c] = -0.1
-    listener = SimpleNamespace(tokenizer=tokenizer, ctc=head, position_s=0.1)
+    listener = SimpleNamespace(tokenizer=tokenizer, ctc=head, position_s=0.1, nano=None)
     return infer.align(log_probs, text, listener)
 
 
