@@ -302,11 +302,11 @@ def ablation(cfg):
         Path(variant["run"]).mkdir(parents=True, exist_ok=True)
         start = "init.dir="
         if losses is not None:
-            train_stage(variant, "phase1", "train_phase1.py", ["optim.max_steps=300", *losses])
+            train_stage(variant, "phase1", "train_phase1.py", ["optim.max_steps=200", *losses])
             start = f"init.dir={variant['run']}/phase1"
         train_stage(variant, "phase2", "train_phase2.py", [
             start, "llm.speech=frames", "llm.draft=0", "adaptor.train=true", "loss.ctc_weight=0", "optim.lr=1e-3",
-            "optim.max_steps=30", "run.valid_every=30", "augment.feature_noise=0.4"])
+            "optim.max_steps=24", "run.valid_every=24", "augment.feature_noise=0.4"])
         dev = f"{cfg['home']}/data/dev.jsonl"
         table[name] = run_infer(variant, "dev", dev, "decode.ctc_weight=0")[0]["error_rate"]
     (Path(cfg["run"]) / "ablation.json").write_text(json.dumps(table, indent=1), encoding="utf-8")
