@@ -57,11 +57,12 @@ def config_file(cfg, name):
 def claim(folder, **made_with):
     """Make a folder, or refuse one that other speech, another size or another seed has filled."""
     path = Path(folder) / "made_with.json"
-    if path.is_file() and (found := json.loads(path.read_text(encoding="utf-8"))) != made_with:
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(made_with), encoding="utf-8")
+    elif (found := json.loads(path.read_text(encoding="utf-8"))) != made_with:
         raise ValueError(f"{folder}: was made with {found}, now asked for {made_with}; give another home= or run=, "
                          "or delete it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(made_with), encoding="utf-8")
 
 
 # ---- stages -----------------------------------------------------------------------------------------------------
@@ -199,7 +200,7 @@ def plot_ctc(row, phase, settings, cache, tokenizer, folder):
         bottom.text((start + end) / 2, -0.12 - 0.08 * (n % 2), word, ha="center", va="top", clip_on=False)
     bottom.set(ylabel="posterior", ylim=(0, 1.05))
     bottom.set_xlabel("seconds", labelpad=32)
-    bottom.legend(fontsize=7, ncol=2, loc="upper right")
+    bottom.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     save_plot(figure, folder / "ctc.png")
 
 
