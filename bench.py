@@ -124,7 +124,7 @@ def random_world(args, size, device, dtype, folder):
         rows.append({"key": str(number), "source": str(path), "target": " ".join(map(str, ids)), "ids": ids})
     tokenizer = NumberTokenizer()
     listener = SimpleNamespace(
-        encoder=encoder, adaptor=model.freeze(adaptor), ctc=None, llm=llm, tokenizer=tokenizer, draft=False,
+        encoder=encoder, adaptor=model.freeze(adaptor), ctc=None, nano=None, llm=llm, tokenizer=tokenizer, draft=False,
         stop_id=model.end_of_turn(tokenizer), settings=settings, device=device, dtype=dtype, position_s=0.06)
     return listener, rows[: size["clips"]], rows[size["clips"] :]
 
