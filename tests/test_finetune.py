@@ -156,8 +156,6 @@ def test_compare_marks_same_changed_new_and_left_out():
 
 def test_the_readmes_table_is_what_compare_prints():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    if "finetune_encoder.py" not in readme:
-        pytest.skip("README has no section on finetune_encoder.py yet")
     assert ft.compare([f"configs/{path.name}" for path in CONFIGS[:2]]) in readme
 
 
@@ -209,8 +207,6 @@ def test_level_and_noise_have_the_size_that_was_asked_for(cfg, speech):
 
 @pytest.mark.parametrize(("codec", "snr_db"), [("mulaw", 30), ("alaw", 30), ("gsm", 3)])
 def test_codecs_are_close_to_what_they_code(codec, snr_db, speech):
-    if ft.CODECS[codec] not in soundfile.available_subtypes("WAV"):
-        pytest.skip(f"this libsndfile has no {codec}")
     decoded = ft.through_codec(speech, codec)
     assert len(decoded) == len(speech) and not torch.equal(decoded, speech)
     assert 20 * float((speech.std() / (decoded - speech).std()).log10()) > snr_db
