@@ -8,7 +8,7 @@ setup: .venv/.done
 
 .venv/.done: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install -q --no-compile --disable-pip-version-check -r requirements.txt
 	touch $@
 
 test: setup

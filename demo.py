@@ -269,7 +269,7 @@ def main(cfg):
     print_table(results, home)
 
 
-def write_train_part(cfg, count=60):
+def write_train_part(cfg, count=40):
     """Manifest of every n-th real training clip: enough to see whether the training texts are learned."""
     path, rows = Path(cfg["run"]) / "train_part.jsonl", model.read_manifest(f"{cfg['home']}/data/train_real.jsonl")
     keep = rows[:: max(1, len(rows) // count)][:count]
