@@ -28,6 +28,7 @@ import platform
 import random
 import re
 import resource
+import shutil
 import statistics
 import sys
 import tempfile
@@ -78,6 +79,8 @@ class NumberTokenizer:
     """Stands in where weights are random: token 17 reads " 17". Its chat turns have the length of Qwen3's."""
 
     def __call__(self, text, add_special_tokens=False):
+        if isinstance(text, list):
+            return {"input_ids": [self(one)["input_ids"] for one in text]}
         return {"input_ids": [int(number) for number in re.findall(r"\d+", text)]}
 
     def decode(self, ids, skip_special_tokens=False):
@@ -408,7 +411,7 @@ def phase1_step(world):
 
     def our_loss(batch):
         enc, lens = train_phase1.load_frames(batch, cache, quiet)
-        text = torch.stack([train_phase1.pool_text(row["ids"], table) for row in batch])
+        text = train_phase1.pool_texts([row["ids"] for row in batch], table)
         text_ids = torch.stack([places[row["key"]] for row in batch]).to(world.device)
         with precompute.autocast(world.device, world.dtype):
             nce, ctc_loss, _ = phase(enc.to(world.device), lens.to(world.device), text, text_ids,
@@ -657,23 +660,38 @@ def scale_stage(world, name, seconds, batch):
     return timed(row.ours, world.device)[1:]
 
 
-def write_manifest(path, count):
-    with open(path, "w", encoding="utf-8") as file:
-        for n in range(count):
-            row = {"key": f"BAC009S{n:09d}", "source": f"wav/train/S{n // 400:05d}/BAC009S{n:09d}.wav",
-                   "target": "一二三四五六七八九十一二三四五", "language": "zh"}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+def write_corpus(folder, count):
+    """A manifest of `count` clips of 5 s, and the index of a cache that holds them; its frames are holes in files."""
+    frames, shard_clips = 250, 4096
+    folder.mkdir(exist_ok=True)
+    (folder / "cache.json").write_text(json.dumps({"encoder.width": 1, "encoder.frame_ms": 20.0}))
+    with open(folder / "all.jsonl", "w", encoding="utf-8") as file:
+        for first in range(0, count, shard_clips):
+            keys = [f"BAC009S{n:09d}" for n in range(first, min(first + shard_clips, count))]
+            for n, key in enumerate(keys, start=first):
+                row = {"key": key, "source": f"wav/train/S{n // 400:05d}/{key}.wav", "language": "en",
+                       "target": f"one {n % 89} of the {n % 97} little piggies went to market on day {n % 7}"}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            clips = [{"key": key, "first": n * frames, "frames": frames - n % 200, "seconds": 5.0}
+                     for n, key in enumerate(keys)]
+            path = folder / f"shard-{first // shard_clips:05d}.json"
+            path.write_text(json.dumps({"clips": clips, "bad": [], "frames": frames * len(keys)}))
+            np.lib.format.open_memmap(path.with_suffix(".npy"), "w+", np.float16, (frames * len(keys), 1))
 
 
 def scale_corpus(world, hours):
-    """What a run does before its first step with a manifest of clips of 5 s: read it, and shuffle one epoch."""
-    count, path = round(hours * 720), world.folder / "scale.jsonl"
-    write_manifest(path, count)
-    rows, read_s, read_mb = timed(lambda: model.read_manifest(path), world.device)
-    lengths = [20 + hash(row["key"]) % 200 for row in rows]
-    _, order_s, order_mb = timed(lambda: train_phase1.epoch_batches(lengths, 64, 8192, 1, 0, 0), world.device)
-    path.unlink()
-    return (read_s, read_mb), (order_s, order_mb)
+    """What phase 1 does before its first step with `hours` of clips of 5 s: read all, and order an epoch."""
+    folder = world.folder / f"corpus-{hours}"
+    write_corpus(folder, round(hours * 720))
+    manifest = str(folder / "all.jsonl")
+    _, *read = timed(lambda: sum(1 for _ in model.iter_manifest(manifest)), world.device)
+    cache, *index = timed(lambda: train_phase1.EncoderCache(folder), world.device)
+    train, *texts = timed(lambda: train_phase1.read_utterances(manifest, cache, world.listener.tokenizer, True),
+                          world.device)
+    _, *order = timed(lambda: train_phase1.epoch_batches(train.frames, 256, 40000, 1, 0, 0), world.device)
+    shutil.rmtree(folder)
+    return {"manifest alone": read, "index of the cache": index, "manifest and tokens": texts,
+            "order of an epoch": order}
 
 
 def scale(world, args):
@@ -693,7 +711,7 @@ def scale(world, args):
             grown.setdefault((name, "batch of 5 s clips"), []).append((batch, *scale_stage(world, name, 5, batch)))
     hours = [h for h in (1, 10, 100, 1000, 10000) if h <= args.scale_hours]
     for h in hours:
-        for name, found in zip(("read manifest", "order of one epoch"), scale_corpus(world, h)):
+        for name, found in scale_corpus(world, h).items():
             grown.setdefault((name, "corpus, h"), []).append((h, *found))
     print(f"{'stage':20} {'against':20} {'from':>6} {'to':>6} {'seconds at the ends':>21} {'MiB':>15} {'exponent':>9}")
     table = []

@@ -148,7 +148,7 @@ def retrieval(cfg, manifest, phase, settings, cache, table, tokenizer):
                                       torch.float32)
     with torch.no_grad():
         audio = torch.cat([phase.pool(*train_phase1.load_frames([u], cache, settings))[2] for u in clips])
-    texts = torch.stack([train_phase1.pool_text(u["ids"], table) for u in clips])
+    texts = train_phase1.pool_texts([u["ids"] for u in clips], table)
     return {k: float(v) for k, v in scores.items()}, (audio @ texts.T).numpy()
 
 

@@ -986,10 +986,10 @@ class Finetune(nn.Module):
         sums = {"ce": zero, "right": 0, "ctc": zero, "impossible": 0, "distill": zero}
         if nano.llm is not None and cfg["llm_weight"]:
             speech, speech_lens = nano.listen(enc, lens)
-            spliced = model.splice(nano.llm.get_input_embeddings(), self.prompts(batch["utterances"]), speech,
-                                   speech_lens, batch["ids"])
-            sums["ce"], _, sums["right"] = model.transcript_loss(nano.llm, spliced, 0, cfg["model_conf.lsm_weight"] if
-                                                                 self.training else 0.0)
+            prompts, smoothing = self.prompts(batch["utterances"]), cfg["model_conf.lsm_weight"]
+            spliced = model.splice(nano.llm.get_input_embeddings(), prompts, speech, speech_lens, batch["ids"])
+            sums["ce"], _, sums["right"] = model.transcript_loss(
+                nano.llm, spliced, model.shared_prefix(prompts), smoothing if self.training else 0.0)
         if nano.ctc is not None and cfg["ctc_weight"]:
             log_probs, ctc_lens = nano.ctc_log_probs(enc.detach() if cfg["detach_ctc_decoder"] else enc, lens)
             sums["ctc"], sums["impossible"] = nano.ctc.loss(log_probs, ctc_lens, batch["classes"])

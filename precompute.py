@@ -207,7 +207,7 @@ def list_clips(cfg):
     perturb = [spec.strip() for spec in (cfg["data.perturb"] or cfg["data.train"]).split(",")]
     for part in ("train", "valid", "test"):
         for spec in (spec.strip() for spec in cfg[f"data.{part}"].split(",") if spec.strip()):
-            for row in model.read_manifest(spec):
+            for row in model.iter_manifest(spec):
                 for speed in cfg["data.speed"] if part == "train" and spec in perturb else [1.0]:
                     key = row["key"] if speed == 1.0 else f"{row['key']}@{speed}"
                     clip = {"key": key, "source": row["source"], "speed": speed}

@@ -22,11 +22,14 @@ Logged  ce (nats per label token), ctc (nats per clip), acc (share of label toke
         same of the CTC read-out), lr, grad_norm, audio_s_per_s, tokens (LLM positions per step incl. padding).
 """
 
+import array
 import difflib
+import itertools
 import json
 import math
 import os
 import random
+import resource
 import sys
 import time
 from datetime import timedelta
@@ -260,8 +263,17 @@ class EncoderCache:
             raise ValueError(f"{folder}: no cache here; run precompute.py with cache.dir={folder} first")
         self.identity = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
         self.width, self.frame_ms = self.identity["encoder.width"], self.identity["encoder.frame_ms"]
-        self.shards, self.clips, self.bad = [], {}, {}
-        for path in sorted(folder.glob("shard-*.json")):
+        self.shards, self.bad = [], {}
+        self.numbers = {}  # key -> its place in these arrays, which take a tenth of a dict's memory
+        self.shard, self.first, self.frames, self.seconds = (array.array(kind) for kind in "iqid")
+        paths = sorted(folder.glob("shard-*.json"))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if hard != resource.RLIM_INFINITY and len(paths) + 256 > hard:
+            raise ValueError(f"{folder}: {len(paths)} shards stay open together, but this system allows {hard} files: "
+                             "raise that (ulimit -n), or precompute with a larger cache.shard_clips")
+        if len(paths) + 256 > soft:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (len(paths) + 256, hard))
+        for path in paths:
             shard = json.loads(path.read_text(encoding="utf-8"))
             try:
                 frames = np.load(path.with_suffix(".npy"), mmap_mode="r")
@@ -271,17 +283,34 @@ class EncoderCache:
             if frames.shape != (shard["frames"], self.width):
                 raise ValueError(f"{path.with_suffix('.npy')}: holds {frames.shape}, its index says "
                                  f"{(shard['frames'], self.width)}; delete both and run precompute.py again")
-            self.clips |= {clip["key"]: (len(self.shards), clip) for clip in shard["clips"]}
+            for clip in shard["clips"]:
+                self.numbers[clip["key"]] = len(self.numbers)
+                self.shard.append(len(self.shards))
+                self.first.append(clip["first"])
+                self.frames.append(clip["frames"])
+                self.seconds.append(clip["seconds"])
             self.bad |= {row["key"]: row["reason"] for row in shard["bad"]}
             self.shards.append(frames)
 
+    def __contains__(self, key):
+        return key in self.numbers
+
     def __getitem__(self, key):
-        shard, clip = self.clips[key]
-        return self.shards[shard][clip["first"] : clip["first"] + clip["frames"]]
+        number = self.numbers[key]
+        return self.shards[self.shard[number]][self.first[number] :][: self.frames[number]]
+
+    def length(self, key):
+        """Encoder frames and seconds of a clip."""
+        return self.frames[self.numbers[key]], self.seconds[self.numbers[key]]
+
+    def batch(self, keys):
+        """Encoder outputs of some clips: enc (B, T, W) fp32, zeros where padded; lens (B,)."""
+        rows = [torch.from_numpy(np.array(self[key])) for key in keys]  # a copy: the file is mapped read-only
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).float(), torch.tensor([len(row) for row in rows])
 
 
 def read_utterances(specs, cache, tokenizer, normalize, speeds=(1.0,), repeat=(1,), perturb=""):
-    """Manifests -> utterances that the cache holds: key, target, ids (LLM tokens), frames, seconds, ...
+    """Manifests -> model.Utterances that the cache holds: key, target, ids (LLM tokens), frames, seconds, ...
 
     speeds apply to the manifests named in `perturb`, or to all of them if it is empty; repeat has one number for each.
 
@@ -294,23 +323,25 @@ def read_utterances(specs, cache, tokenizer, normalize, speeds=(1.0,), repeat=(1
         raise ValueError(f"data.perturb names {', '.join(set(perturb) - set(specs))}, which data.train does not")
     if len(repeat) not in (1, len(specs)):
         raise ValueError(f"data.repeat has {len(repeat)} numbers for {len(specs)} manifests; give one for each")
-    utterances, left_out = [], []
+    utterances, left_out = model.Utterances(), []
     for number, spec in enumerate(specs):
-        for row in model.read_manifest(spec):
-            target = model.normalize_text(row["target"]) if normalize else row["target"].strip()
-            ids = model.text_to_ids(tokenizer, target)
-            for speed in speeds if spec in perturb else [1.0]:
-                key = row["key"] if speed == 1.0 else f"{row['key']}@{speed}"
-                if key in cache.bad or not ids:
-                    left_out.append((key, cache.bad.get(key, "empty transcript")))
-                    continue
-                if key not in cache.clips:
-                    raise ValueError(f"{row['where']}: {key} is not in the cache; run precompute.py over this manifest")
-                clip = cache.clips[key][1]
-                utterance = {"key": key, "target": target, "ids": ids, "frames": clip["frames"],
-                             "seconds": clip["seconds"]}
-                utterance |= {k: row[k] for k in ("language", "prompt", "hotwords") if k in row}
-                utterances += [utterance] * repeat[number % len(repeat)]
+        rows = model.iter_manifest(spec)
+        while part := list(itertools.islice(rows, 4096)):  # tokenizers are several times as fast on lists
+            targets = [model.normalize_text(r["target"]) if normalize else r["target"].strip() for r in part]
+            for row, target, ids in zip(part, targets, model.text_to_ids(tokenizer, targets)):
+                for speed in speeds if spec in perturb else [1.0]:
+                    key = row["key"] if speed == 1.0 else f"{row['key']}@{speed}"
+                    if key in cache.bad or not ids:
+                        left_out.append((key, cache.bad.get(key, "empty transcript")))
+                        continue
+                    if key not in cache:
+                        raise ValueError(f"{row['where']}: {key} is not in the cache; run precompute.py over this "
+                                         "manifest")
+                    frames, seconds = cache.length(key)
+                    utterance = {"key": key, "target": target, "ids": ids, "frames": frames, "seconds": seconds}
+                    utterance |= {k: row[k] for k in ("language", "prompt", "hotwords") if k in row}
+                    for _ in range(repeat[number % len(repeat)]):
+                        utterances.append(utterance)
     if left_out:
         print(f"{', '.join(specs)}: {len(left_out)} clips left out, first {left_out[0][0]}: {left_out[0][1]}")
     if not utterances:
@@ -345,7 +376,8 @@ def epoch_batches(lengths, size, budget, world, seed, epoch):
     pool = 32 * size * world
     if len(order) < world or max(lengths) > budget:
         raise ValueError(f"{len(order)} clips, the longest of {max(lengths, default=0)} positions, do not fill {world} "
-                         f"process(es) of {budget} positions: raise batch_tokens, or leave the longest clips out")
+                         f"process(es) of {budget} positions: raise batch_tokens (in phase 1: batch_frames), or leave "
+                         "the longest clips out")
     pools = [order[start : start + pool] for start in range(0, len(order), pool)]
     if len(pools) > 1 and len(pools[-1]) < world:  # too few for every process to have one
         pools[-2] += pools.pop()
@@ -361,20 +393,21 @@ def epoch_batches(lengths, size, budget, world, seed, epoch):
 
 def load_frames(utterances, cache, cfg, seed=None):
     """Cached encoder outputs of one batch: enc (B, T, W) fp32, lens (B,). seed: augment, for training."""
-    rows = []
-    for utterance in utterances:
-        row = torch.from_numpy(np.array(cache[utterance["key"]], dtype=np.float32))  # (T, W)
-        if seed is not None and cfg["augment.time_masks"]:
+    enc, lens = cache.batch([utterance["key"] for utterance in utterances])
+    if seed is None:
+        return enc, lens
+    for row, utterance in zip(enc, utterances):
+        row = row[: utterance["frames"]]
+        if cfg["augment.time_masks"]:
             rng = random.Random(f"{seed}-{utterance['key']}")
             for _ in range(cfg["augment.time_masks"]):
                 width = min(rng.randint(0, cfg["augment.time_mask_frames"]), len(row) // 4)
                 first = rng.randint(0, len(row) - width)
                 row[first : first + width] = 0.0
-        if seed is not None and cfg["augment.feature_noise"]:
+        if cfg["augment.feature_noise"]:
             generator = torch.Generator().manual_seed(int(model.hash_text([seed, utterance["key"]])[:15], 16))
-            row += cfg["augment.feature_noise"] * torch.randn(row.shape, generator=generator)
-        rows.append(row)
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
+            row += cfg["augment.feature_noise"] * torch.randn(row.shape, generator=generator).to(row.device)
+    return enc, lens
 
 
 # ---- bookkeeping of a training run (the same lines in both training scripts) ----------------------------------------
@@ -464,13 +497,14 @@ def header_seconds(path, sample_rate):
 
 def read_audio_utterances(cfg, specs, tokenizer, encoder, repeat=(1,)):
     """Manifests -> utterances with `source`, without a cache; lengths come from the files' headers."""
-    specs, utterances, left_out = [spec.strip() for spec in specs.split(",") if spec.strip()], [], []
+    specs = [spec.strip() for spec in specs.split(",") if spec.strip()]
+    utterances, left_out = model.Utterances(), []
     if cfg["data.perturb"]:
         raise ValueError("data.perturb needs data.source=cache; from audio, data.speed applies to all of data.train")
     if len(repeat) not in (1, len(specs)):
         raise ValueError(f"data.repeat has {len(repeat)} numbers for {len(specs)} manifests; give one for each")
     for number, spec in enumerate(specs):
-        for row in model.read_manifest(spec):
+        for row in model.iter_manifest(spec):
             target = row["target"].strip()
             if cfg["data.normalize"]:
                 target = model.normalize_text(target)
@@ -488,7 +522,8 @@ def read_audio_utterances(cfg, specs, tokenizer, encoder, repeat=(1,)):
             frames = encoder.num_frames(round(seconds * encoder.sample_rate))
             utterance = {"key": row["key"], "source": row["source"], "target": target, "ids": ids, "frames": frames,
                          "seconds": seconds} | {k: row[k] for k in ("language", "prompt", "hotwords") if k in row}
-            utterances += [utterance] * repeat[number % len(repeat)]
+            for _ in range(repeat[number % len(repeat)]):
+                utterances.append(utterance)
     if left_out:
         first = left_out[0]
         print(f"{', '.join(specs)}: {len(left_out)} clips left out, first {first['key']}: {first['reason']}")
@@ -598,7 +633,7 @@ def build(cfg, width, llm, tokenizer, train, device):
     adaptor = model.AudioAdaptor(
         width, table.shape[1], cfg["adaptor.hidden_dim"], cfg["adaptor.num_layers"], cfg["adaptor.num_heads"],
         cfg["adaptor.dropout"], cfg["adaptor.stack"], cfg["adaptor.pre_norm"], model.embedding_rms(table))
-    tokens, head, folder = sorted({token for u in train for token in u["ids"]}), None, Path(cfg["init.dir"])
+    tokens, head, folder = sorted(train.tokens), None, Path(cfg["init.dir"])
     if cfg["init.dir"]:
         model.load_weights(adaptor, folder / "adaptor_cached.pt")
         if needs_ctc and (folder / "ctc_head.pt").is_file():
@@ -884,7 +919,7 @@ def log_window(window, cfg, step, total, lr, grad_norm, bad, metrics, writer, ba
 
 def print_start(cfg, phase, train, valid, total, device, dtype, world, identity):
     """Everything derived, once, before the first step."""
-    hours = sum(u["seconds"] for u in train) / 3600
+    hours = sum(train.seconds) / 3600
     print(f"train {len(train)} clips, {hours:.2f} h an epoch; valid {len(valid)} clips | {total} steps of at most "
           f"{cfg['batch_clips']} clips and {cfg['batch_tokens']} positions x {world} x {cfg['optim.accum']}")
     for name, part in phase.named_children():

@@ -594,7 +594,8 @@ def epoch_batches(lengths, size, budget, world, seed, epoch):
     pool = 32 * size * world
     if len(order) < world or max(lengths) > budget:
         raise ValueError(f"{len(order)} clips, the longest of {max(lengths, default=0)} positions, do not fill {world} "
-                         f"process(es) of {budget} positions: raise batch_tokens, or leave the longest clips out")
+                         f"process(es) of {budget} positions: raise batch_tokens (in phase 1: batch_frames), or leave "
+                         "the longest clips out")
     pools = [order[start : start + pool] for start in range(0, len(order), pool)]
     if len(pools) > 1 and len(pools[-1]) < world:  # too few for every process to have one
         pools[-2] += pools.pop()
@@ -635,7 +636,9 @@ class Parts(nn.Module):
         """Sums over the batch: CE (nats), right tokens; number of LLM positions. A row without ids adds 0."""
         targets = [[*row["ids"], self.stop_id] if row["ids"] else [] for row in rows]
         spliced = self.listen(feats, lens, rows, targets)
-        ce, _, right = model.transcript_loss(self.llm, spliced)
+        # checkpointed layers would write to the shared prompt's key-value cache a second time
+        shared = 0 if self.cfg["training.gradient_checkpointing"] else model.shared_prefix([r["prompts"] for r in rows])
+        ce, _, right = model.transcript_loss(self.llm, spliced, shared)
         return ce, right, spliced["labels"].numel()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -428,3 +429,41 @@ def test_aishell_folder_joins_words_and_names_clips_without_text(tmp_path, capsy
     assert (row["key"], row["target"], row["language"]) == ("BAC009S0002W0122", "而对楼市成交", "zh")
     assert "1 of 2" in capsys.readouterr().out
     assert [r["target"] for r in model.read_manifest(f"{tmp_path}:test")] == ["一线城市"]
+
+
+# ---- utterances of a training run -------------------------------------------------------------------------------
+
+
+def test_utterances_come_back_as_they_went_in():
+    rows = [{"key": "a", "target": "你好 \u2028\\\"", "ids": [3, 1], "frames": 7, "seconds": 0.42, "hotwords": ["x"]},
+            {"key": "b", "target": "yes", "ids": [70000], "frames": 12, "seconds": 0.1 + 0.2, "language": "en"},
+            {"key": "c", "target": "no", "ids": [1, 2], "frames": 2, "seconds": 1.0}]
+    utterances = model.Utterances()
+    for row in rows:
+        utterances.append(row)
+    assert list(utterances) == rows and len(utterances) == 3
+    assert utterances[-1] == rows[2] and utterances[:2] == rows[:2] and utterances[2:9] == rows[2:]
+    with pytest.raises(IndexError):
+        utterances[3]
+    assert list(utterances.frames) == [7, 12, 2] and utterances.tokens == {1, 2, 3, 70000}
+    assert sum(utterances.seconds) == pytest.approx(1.72)
+
+
+def test_a_hundred_thousand_utterances_take_little_memory():
+    tracemalloc.start()
+    utterances = model.Utterances()
+    for number in range(100_000):
+        utterances.append({"key": f"BAC009S{number:09d}", "target": "一二三四五六七八九十一二三四五", "frames": 83,
+                           "ids": list(range(20000, 20015)), "seconds": 5.0})
+    used = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert used < 260 * len(utterances)
+
+
+def test_a_hash_that_two_keys_share_is_no_duplicate(tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "hash", lambda key: 7, raising=False)
+    path = write_lines(tmp_path, entry("a"), entry("b"), entry("c"))
+    assert [row["key"] for row in model.read_manifest(path)] == ["a", "b", "c"]
+    path = write_lines(tmp_path, entry("a"), entry("b"), entry("b"))
+    with pytest.raises(ValueError, match=r":3: key 'b' stands at .*:2 too"):
+        model.read_manifest(path)

@@ -200,6 +200,61 @@ def test_a_truncated_cache_file_is_named(world, tmp_path):
         train_phase1.EncoderCache(tmp_path / "cache")
 
 
+def test_a_cache_of_many_shards_raises_the_limit_of_open_files(world, tmp_path, monkeypatch):
+    limits = []
+    monkeypatch.setattr(train_phase1.resource, "getrlimit", lambda kind: (100, 300))
+    monkeypatch.setattr(train_phase1.resource, "setrlimit", lambda kind, both: limits.append(both))
+    shards = len(train_phase1.EncoderCache(world["cache"]).shards)
+    assert limits == [(shards + 256, 300)]
+    monkeypatch.setattr(train_phase1.resource, "getrlimit", lambda kind: (100, 200))
+    with pytest.raises(ValueError, match=f"{shards} shards stay open together, but this system allows 200 files"):
+        train_phase1.EncoderCache(world["cache"])
+
+
+def test_a_resident_cache_gives_the_same_batches(world):
+    cache = train_phase1.EncoderCache(world["cache"])
+    resident = train_phase1.ResidentCache(cache, torch.device("cpu"))
+    keys = [f"utt{number:03d}" for number in (11, 0, 5, 4, 9)]  # of several shards, the last clip among them
+    (ours, our_lens), (enc, lens) = resident.batch(keys), cache.batch(keys)
+    assert torch.equal(ours, enc) and torch.equal(our_lens, lens) and enc.dtype == torch.float32
+    for key, row, length in zip(keys, enc, lens):
+        assert np.array_equal(row[:length].numpy(), cache[key].astype(np.float32)) and not row[length:].any()
+
+
+def test_augmentation_leaves_the_padding_and_the_cache_alone(world):
+    cache = train_phase1.EncoderCache(world["cache"])
+    clips = [{"key": f"utt{n:03d}", "frames": cache.length(f"utt{n:03d}")[0]} for n in range(12)]
+    cfg = {"augment.time_masks": 2, "augment.time_mask_frames": 9, "augment.feature_noise": 0.5}
+    plain, lens = train_phase1.load_frames(clips, cache, cfg)
+    noisy, _ = train_phase1.load_frames(clips, cache, cfg, seed="1")
+    again, _ = train_phase1.load_frames(clips, cache, cfg, seed="1")
+    assert torch.equal(noisy, again) and torch.equal(plain, train_phase1.load_frames(clips, cache, cfg)[0])
+    real = model.length_mask(lens, plain.shape[1])
+    assert not noisy[~real].any() and (noisy != plain)[real].float().mean() > 0.99
+    alone, _ = train_phase1.load_frames(clips[3:4], cache, cfg, seed="1")
+    assert torch.equal(alone[0], noisy[3, : lens[3]])
+
+
+def test_prefetch_keeps_the_order_and_passes_errors_on():
+    def batches():
+        yield from range(5)
+        raise OSError("disk gone")
+
+    ahead, found = train_phase1.prefetch(batches()), []
+    with pytest.raises(OSError, match="disk gone"):
+        found += [next(ahead)]
+        while True:
+            found.append(next(ahead))
+    assert found == list(range(5))
+
+
+def test_pooled_texts_are_unit_means_whatever_the_padding():
+    table = torch.randn(50, 8)
+    ids = [[3], [4, 5, 6, 6], [49, 0]]
+    wanted = [F.normalize(table[row].double().mean(0), dim=0) for row in ids]
+    torch.testing.assert_close(train_phase1.pool_texts(ids, table).double(), torch.stack(wanted), atol=1e-6, rtol=0)
+
+
 def test_a_manifest_that_was_not_cached_is_refused(world, tmp_path):
     manifest = make_twins.wav_files(tmp_path / "w", n=20)
     arguments = [a for a in world["phase1"] if not a.startswith("data.train")]
@@ -254,7 +309,7 @@ def test_bad_clips_are_named_and_never_end_the_run(world, tmp_path):
     manifest = bad_manifest(tmp_path / "bad")
     call(precompute, f"data.train={manifest}", f"cache.dir={tmp_path / 'c'}", world["encoder"], "workers=2")
     check_reasons(tmp_path / "c" / "bad.jsonl", tmp_path / "bad")
-    assert set(train_phase1.EncoderCache(tmp_path / "c").clips) == {"8000", "22050", "44100", "48000", "stereo"}
+    assert set(train_phase1.EncoderCache(tmp_path / "c").numbers) == {"8000", "22050", "44100", "48000", "stereo"}
 
 
 def test_past_max_bad_the_run_stops_and_says_which(world, tmp_path):
