@@ -454,7 +454,8 @@ def test_gradient_checkpointing_computes_layers_twice_to_the_same_gradients(worl
         parts(*one_batch(parts, cfg))[0].backward()
         gradients.append({name: p.grad for name, p in parts.trained.named_parameters()})
         calls.append(len(counted))
-    assert calls[1] > calls[0] == 4
+    # 2 encoder and 2 LLM layers; the LLM's run for the shared prompt and the rest, or each again for its gradients
+    assert calls == [6, 8]
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], msg=name)
 
