@@ -34,9 +34,9 @@ DEFAULTS = {
     "home": "demo",  # folder of demo_data.py
     "run": "",  # where the runs go; empty: home/telephone
     "seeds": [0],
-    "start_steps": 80,  # of the head alone, before the rows part
-    "steps": 90,  # of each row
-    "lr": 2e-4,  # of the encoder's blocks in rows 2 and 3
+    "start_steps": 120,  # of the head alone, before the rows part
+    "steps": 120,  # of each row
+    "lr": 5e-4,  # of the encoder's blocks in rows 2 and 3
     "layer_decay": 0.7,
     "freeze_layer_num": 1,  # of the encoder's 4 blocks, the lowest so many stay frozen in rows 2 and 3
     "quick": False,
