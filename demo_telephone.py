@@ -35,7 +35,7 @@ DEFAULTS = {
     "run": "",  # where the runs go; empty: home/telephone
     "seeds": [0],
     "start_steps": 120,  # of the head alone, before the rows part
-    "steps": 120,  # of each row
+    "steps": 160,  # of each row
     "lr": 5e-4,  # of the encoder's blocks in rows 2 and 3
     "layer_decay": 0.7,
     "freeze_layer_num": 1,  # of the encoder's 4 blocks, the lowest so many stay frozen in rows 2 and 3
@@ -116,7 +116,7 @@ def overfit(cfg, home):
         "audio_encoder_conf.tp_blocks=1", "audio_encoder_conf.output_size=128", "audio_encoder_conf.linear_units=512",
         f"train_data_set_list={','.join([twenty] * 10)}", f"valid_data_set_list={twenty}", "clean_data_set_list=",
         "clean_valid_data_set_list=", "data_mix=0", "optim_conf.lr=1e-3", "scheduler_conf.warmup_steps=50",
-        "dataset_conf.num_workers=2", f"train_conf.max_epoch={2 if cfg['quick'] else 20}", "train_conf.log_interval=20",
+        "dataset_conf.num_workers=2", f"train_conf.max_epoch={2 if cfg['quick'] else 50}", "train_conf.log_interval=20",
         f"output_dir={folder}"], f"{folder}/results.json")
     return json.loads(Path(f"{folder}/results.json").read_text(encoding="utf-8"))["after"]["telephone_ctc_er"]
 
