@@ -70,7 +70,7 @@ DEFAULTS = {
     "augment.time_masks": 0,  # spans of encoder frames set to zero, per clip
     "augment.feature_noise": 0.0,  # standard deviation of noise on the cached encoder outputs
     "augment.time_mask_frames": 12,  # longest span
-    "batch_clips": 256,  # pairs per process and step; InfoNCE has this many (times GPUs) candidates
+    "batch_clips": 256,  # pairs per process and step; InfoNCE has at most this many (times GPUs) candidates
     "batch_frames": 40000,  # at most so many encoder frames, padding included; batches of long clips get fewer pairs
     "optim.lr": 1e-4,  # peak
     "optim.weight_decay": 0.01,  # on matrices, not on norms and biases
@@ -251,11 +251,13 @@ class EncoderCache:
         self.shard, self.first, self.frames, self.seconds = (array.array(kind) for kind in "iqid")
         paths = sorted(folder.glob("shard-*.json"))
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if hard != resource.RLIM_INFINITY and len(paths) + 256 > hard:
+        if hard != resource.RLIM_INFINITY and len(paths) + 32 > hard:
             raise ValueError(f"{folder}: {len(paths)} shards stay open together, but this system allows {hard} files: "
-                             "raise that (ulimit -n), or precompute with a larger cache.shard_clips")
-        if len(paths) + 256 > soft:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (len(paths) + 256, hard))
+                             "raise that (ulimit -Hn), or precompute with a larger cache.shard_clips")
+        if soft != resource.RLIM_INFINITY and len(paths) + 256 > soft:
+            wanted = len(paths) + 256
+            wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         for path in paths:
             shard = json.loads(path.read_text(encoding="utf-8"))
             try:
@@ -267,7 +269,7 @@ class EncoderCache:
                 raise ValueError(f"{path.with_suffix('.npy')}: holds {frames.shape}, its index says "
                                  f"{(shard['frames'], self.width)}; delete both and run precompute.py again")
             for clip in shard["clips"]:
-                self.numbers[clip["key"]] = len(self.numbers)
+                self.numbers[clip["key"]] = len(self.shard)
                 self.shard.append(len(self.shards))
                 self.first.append(clip["first"])
                 self.frames.append(clip["frames"])
@@ -377,20 +379,21 @@ def epoch_batches(lengths, size, budget, world, seed, epoch):
 def load_frames(utterances, cache, cfg, seed=None):
     """Cached encoder outputs of one batch: enc (B, T, W) fp32, lens (B,). seed: augment, for training."""
     enc, lens = cache.batch([utterance["key"] for utterance in utterances])
-    if seed is None:
+    masks, level = cfg["augment.time_masks"], cfg["augment.feature_noise"]
+    if seed is None or not masks and not level:
         return enc, lens
-    for row, utterance in zip(enc, utterances):
-        row = row[: utterance["frames"]]
-        if cfg["augment.time_masks"]:
-            rng = random.Random(f"{seed}-{utterance['key']}")
-            for _ in range(cfg["augment.time_masks"]):
-                width = min(rng.randint(0, cfg["augment.time_mask_frames"]), len(row) // 4)
-                first = rng.randint(0, len(row) - width)
-                row[first : first + width] = 0.0
-        if cfg["augment.feature_noise"]:
+    keep, noise = torch.ones(enc.shape[:2]), torch.zeros(enc.shape if level else 0)
+    for row, utterance in enumerate(utterances):
+        frames, rng = utterance["frames"], random.Random(f"{seed}-{utterance['key']}")
+        for _ in range(masks):
+            width = min(rng.randint(0, cfg["augment.time_mask_frames"]), frames // 4)
+            first = rng.randint(0, frames - width)
+            keep[row, first : first + width] = 0.0
+        if level:
             generator = torch.Generator().manual_seed(int(model.hash_text([seed, utterance["key"]])[:15], 16))
-            row += cfg["augment.feature_noise"] * torch.randn(row.shape, generator=generator).to(row.device)
-    return enc, lens
+            noise[row, :frames] = torch.randn(frames, enc.shape[-1], generator=generator)
+    enc *= keep[..., None].to(enc.device)
+    return (enc.add_(noise.to(enc.device), alpha=level) if level else enc), lens
 
 
 # ---- bookkeeping of a training run (the same lines in both training scripts) ----------------------------------------
@@ -439,7 +442,8 @@ def open_run(cfg, rank, identity):
     elif last.exists():
         try:
             state = torch.load(last, map_location="cpu", weights_only=True)
-            changed = [f"{k}: {v!r} -> {cfg[k]!r}" for k, v in state["config"].items() if k in cfg and cfg[k] != v]
+            then = state["config"]
+            changed = [f"{k}: {then.get(k, 'not there')!r} -> {v!r}" for k, v in cfg.items() if then.get(k, cfg) != v]
         except Exception as error:  # torn, something else, or a pickle with code in it: weights_only refuses it
             raise ValueError(f"{last}: not a checkpoint of this script ({type(error).__name__}); not loaded") from error
         check_identity(state.get("identity", {}), identity, last)
@@ -613,10 +617,9 @@ def validate(phase, utterances, cache, table, tokenizer, cfg, device, dtype):
 
 def pool_texts(ids, table):
     """Unit vectors (B, D) of the mean embeddings of transcripts, lists of token ids."""
-    rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True).to(table.device)
-    lens = torch.tensor([len(row) for row in ids], device=table.device)
-    real = model.length_mask(lens, rows.shape[1])[..., None]  # (B, L, 1)
-    return F.normalize((table[rows].float() * real).sum(1) / lens[:, None], dim=-1)
+    offsets = list(itertools.accumulate((len(row) for row in ids[:-1]), initial=0))
+    flat, offsets = (torch.tensor(numbers, device=table.device) for numbers in (sum(ids, []), offsets))
+    return F.normalize(F.embedding_bag(flat, table, offsets, mode="mean").float(), dim=-1)
 
 
 # ---- the run ----------------------------------------------------------------------------------------------------
@@ -678,8 +681,8 @@ def main(cfg):
     optimizer = make_optimizer(phase, cfg, device)
     wrapped = nn.parallel.DistributedDataParallel(phase, broadcast_buffers=False) if world > 1 else phase
     accum = cfg["optim.accum"]
-    per_epoch = len(epoch_batches(train.frames, cfg["batch_clips"], cfg["batch_frames"], world, cfg["seed"], 0))
-    total = cfg["optim.max_steps"] or cfg["optim.epochs"] * per_epoch // accum
+    total = cfg["optim.max_steps"] or cfg["optim.epochs"] * len(
+        epoch_batches(train.frames, cfg["batch_clips"], cfg["batch_frames"], world, cfg["seed"], 0)) // accum
     step, epoch, used, best, spent = 0, 0, 0, -math.inf, 0.0
     if state:
         try:
@@ -776,7 +779,8 @@ def print_start(cfg, phase, train, valid, total, device, dtype, world):
     hours = sum(train.seconds) / 3600
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in phase.named_children()}
     print(f"train {len(train)} clips, {hours:.2f} h an epoch; valid {len(valid)} clips | {total} steps of at most "
-          f"{cfg['batch_clips']} x {world} x {cfg['optim.accum']} clips, {cfg['batch_clips'] * world} candidates each")
+          f"{cfg['batch_clips']} clips and {cfg['batch_frames']} frames x {world} x {cfg['optim.accum']}; a clip's "
+          f"candidates are those of its batch, over all processes: at most {cfg['batch_clips'] * world}")
     print(f"trainable: {', '.join(f'{name} {size:,}' for name, size in sizes.items())}; frozen: the LLM's embeddings")
     if phase.ctc is not None:
         ids = [token for u in valid for token in u["ids"]]

@@ -268,11 +268,13 @@ class EncoderCache:
         self.shard, self.first, self.frames, self.seconds = (array.array(kind) for kind in "iqid")
         paths = sorted(folder.glob("shard-*.json"))
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if hard != resource.RLIM_INFINITY and len(paths) + 256 > hard:
+        if hard != resource.RLIM_INFINITY and len(paths) + 32 > hard:
             raise ValueError(f"{folder}: {len(paths)} shards stay open together, but this system allows {hard} files: "
-                             "raise that (ulimit -n), or precompute with a larger cache.shard_clips")
-        if len(paths) + 256 > soft:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (len(paths) + 256, hard))
+                             "raise that (ulimit -Hn), or precompute with a larger cache.shard_clips")
+        if soft != resource.RLIM_INFINITY and len(paths) + 256 > soft:
+            wanted = len(paths) + 256
+            wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         for path in paths:
             shard = json.loads(path.read_text(encoding="utf-8"))
             try:
@@ -284,7 +286,7 @@ class EncoderCache:
                 raise ValueError(f"{path.with_suffix('.npy')}: holds {frames.shape}, its index says "
                                  f"{(shard['frames'], self.width)}; delete both and run precompute.py again")
             for clip in shard["clips"]:
-                self.numbers[clip["key"]] = len(self.numbers)
+                self.numbers[clip["key"]] = len(self.shard)
                 self.shard.append(len(self.shards))
                 self.first.append(clip["first"])
                 self.frames.append(clip["frames"])
@@ -394,20 +396,21 @@ def epoch_batches(lengths, size, budget, world, seed, epoch):
 def load_frames(utterances, cache, cfg, seed=None):
     """Cached encoder outputs of one batch: enc (B, T, W) fp32, lens (B,). seed: augment, for training."""
     enc, lens = cache.batch([utterance["key"] for utterance in utterances])
-    if seed is None:
+    masks, level = cfg["augment.time_masks"], cfg["augment.feature_noise"]
+    if seed is None or not masks and not level:
         return enc, lens
-    for row, utterance in zip(enc, utterances):
-        row = row[: utterance["frames"]]
-        if cfg["augment.time_masks"]:
-            rng = random.Random(f"{seed}-{utterance['key']}")
-            for _ in range(cfg["augment.time_masks"]):
-                width = min(rng.randint(0, cfg["augment.time_mask_frames"]), len(row) // 4)
-                first = rng.randint(0, len(row) - width)
-                row[first : first + width] = 0.0
-        if cfg["augment.feature_noise"]:
+    keep, noise = torch.ones(enc.shape[:2]), torch.zeros(enc.shape if level else 0)
+    for row, utterance in enumerate(utterances):
+        frames, rng = utterance["frames"], random.Random(f"{seed}-{utterance['key']}")
+        for _ in range(masks):
+            width = min(rng.randint(0, cfg["augment.time_mask_frames"]), frames // 4)
+            first = rng.randint(0, frames - width)
+            keep[row, first : first + width] = 0.0
+        if level:
             generator = torch.Generator().manual_seed(int(model.hash_text([seed, utterance["key"]])[:15], 16))
-            row += cfg["augment.feature_noise"] * torch.randn(row.shape, generator=generator).to(row.device)
-    return enc, lens
+            noise[row, :frames] = torch.randn(frames, enc.shape[-1], generator=generator)
+    enc *= keep[..., None].to(enc.device)
+    return (enc.add_(noise.to(enc.device), alpha=level) if level else enc), lens
 
 
 # ---- bookkeeping of a training run (the same lines in both training scripts) ----------------------------------------
@@ -456,7 +459,8 @@ def open_run(cfg, rank, identity):
     elif last.exists():
         try:
             state = torch.load(last, map_location="cpu", weights_only=True)
-            changed = [f"{k}: {v!r} -> {cfg[k]!r}" for k, v in state["config"].items() if k in cfg and cfg[k] != v]
+            then = state["config"]
+            changed = [f"{k}: {then.get(k, 'not there')!r} -> {v!r}" for k, v in cfg.items() if then.get(k, cfg) != v]
         except Exception as error:  # torn, something else, or a pickle with code in it: weights_only refuses it
             raise ValueError(f"{last}: not a checkpoint of this script ({type(error).__name__}); not loaded") from error
         check_identity(state.get("identity", {}), identity, last)
@@ -794,8 +798,8 @@ def main(cfg):
         step, epoch, used, best, spent = (state[k] for k in ("step", "epoch", "used", "best", "seconds"))
     prompt_tokens = sum(len(part) for part in phase.prompts([{}], [None])[0])
     lengths = [phase.adaptor.out_lens(u["frames"]) + 2 * len(u["ids"]) + prompt_tokens for u in train]  # 2: the draft
-    per_epoch = len(epoch_batches(lengths, cfg["batch_clips"], cfg["batch_tokens"], world, cfg["seed"], 0))
-    total = cfg["optim.max_steps"] or cfg["optim.epochs"] * per_epoch // accum
+    total = cfg["optim.max_steps"] or cfg["optim.epochs"] * len(
+        epoch_batches(lengths, cfg["batch_clips"], cfg["batch_tokens"], world, cfg["seed"], 0)) // accum
     folder, metrics, writer = Path(cfg["run.dir"]), Path(cfg["run.dir"]) / "metrics.jsonl", None
     if rank == 0:
         trim_metrics(metrics, step)
@@ -926,9 +930,9 @@ def print_start(cfg, phase, train, valid, total, device, dtype, world, identity)
         trains = sum(p.numel() for p in part.parameters() if p.requires_grad)
         print(f"  {name}: {trains:,} trainable, {sum(p.numel() for p in part.parameters()) - trains:,} frozen")
     for name, rows in (("train", train), ("valid", valid)) if phase.ctc is not None else ():
-        ids = [token for u in rows for token in u["ids"]]
-        print(f"  {len(ids) - len(phase.ctc.classes(ids))} of {len(ids)} {name} tokens have no CTC class: CTC neither "
-              "learns nor reads them")
+        counts = [(len(u["ids"]), len(phase.ctc.classes(u["ids"]))) for u in rows]
+        total, known = map(sum, zip(*counts))
+        print(f"  {total - known} of {total} {name} tokens have no CTC class: CTC neither learns nor reads them")
     before, after = phase.prompts([{}], [None])[0]
     print(f"prompt: {phase.tokenizer.decode(before)!r} SPEECH {phase.tokenizer.decode(after)!r}")
     print(f"encoder {identity['encoder.name']}, LLM {cfg['llm.name']}, device {device}, {dtype}, "

@@ -636,8 +636,9 @@ class Parts(nn.Module):
         """Sums over the batch: CE (nats), right tokens; number of LLM positions. A row without ids adds 0."""
         targets = [[*row["ids"], self.stop_id] if row["ids"] else [] for row in rows]
         spliced = self.listen(feats, lens, rows, targets)
-        # checkpointed layers would write to the shared prompt's key-value cache a second time
-        shared = 0 if self.cfg["training.gradient_checkpointing"] else model.shared_prefix([r["prompts"] for r in rows])
+        shared = model.shared_prefix([row["prompts"] for row in rows])
+        if self.cfg["training.gradient_checkpointing"] or self.cfg["deepspeed_launcher"]:
+            shared = 0  # layers computed again would write to its key-value cache twice; ZeRO 3 would fetch them twice
         ce, _, right = model.transcript_loss(self.llm, spliced, shared)
         return ce, right, spliced["labels"].numel()
 

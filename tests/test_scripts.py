@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -201,14 +202,18 @@ def test_a_truncated_cache_file_is_named(world, tmp_path):
 
 
 def test_a_cache_of_many_shards_raises_the_limit_of_open_files(world, tmp_path, monkeypatch):
-    limits = []
-    monkeypatch.setattr(train_phase1.resource, "getrlimit", lambda kind: (100, 300))
-    monkeypatch.setattr(train_phase1.resource, "setrlimit", lambda kind, both: limits.append(both))
-    shards = len(train_phase1.EncoderCache(world["cache"]).shards)
-    assert limits == [(shards + 256, 300)]
-    monkeypatch.setattr(train_phase1.resource, "getrlimit", lambda kind: (100, 200))
-    with pytest.raises(ValueError, match=f"{shards} shards stay open together, but this system allows 200 files"):
-        train_phase1.EncoderCache(world["cache"])
+    def limits_set(soft, hard):
+        limits = []
+        monkeypatch.setattr(train_phase1.resource, "getrlimit", lambda kind: (soft, hard))
+        monkeypatch.setattr(train_phase1.resource, "setrlimit", lambda kind, both: limits.append(both))
+        assert len(train_phase1.EncoderCache(world["cache"]).shards) == 3
+        return limits
+
+    unlimited = train_phase1.resource.RLIM_INFINITY
+    assert limits_set(100, 400) == [(3 + 256, 400)] and limits_set(100, unlimited) == [(3 + 256, unlimited)]
+    assert limits_set(100, 200) == [(200, 200)] and limits_set(1000, 2000) == limits_set(unlimited, unlimited) == []
+    with pytest.raises(ValueError, match="3 shards stay open together, but this system allows 30 files"):
+        limits_set(30, 30)
 
 
 def test_a_resident_cache_gives_the_same_batches(world):
@@ -236,15 +241,20 @@ def test_augmentation_leaves_the_padding_and_the_cache_alone(world):
 
 
 def test_prefetch_keeps_the_order_and_passes_errors_on():
+    drawn = [threading.Event() for _ in range(6)]
+
     def batches():
-        yield from range(5)
+        for number in range(5):
+            drawn[number].set()
+            yield number
+        drawn[5].set()
         raise OSError("disk gone")
 
     ahead, found = train_phase1.prefetch(batches()), []
     with pytest.raises(OSError, match="disk gone"):
-        found += [next(ahead)]
         while True:
             found.append(next(ahead))
+            assert drawn[found[-1] + 1].wait(10)  # without being asked for
     assert found == list(range(5))
 
 
@@ -452,6 +462,19 @@ def assert_equal_weights(a, b):
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
+
+
+def test_phase_1_on_a_gpu_is_the_same_run(world, tmp_path, monkeypatch):
+    """The path that main takes on a GPU, the cache in its memory and batches fetched ahead, taken on the CPU."""
+    arguments = [*world["phase1"], *PHASE1]
+    call(train_phase1, *arguments, f"run.dir={tmp_path / 'plain'}")
+    plain, held = train_phase1.stream, []
+    monkeypatch.setattr(train_phase1, "speed_up", lambda cache, cfg, device: held.append(
+        train_phase1.ResidentCache(cache, device)) or held[0])
+    monkeypatch.setattr(train_phase1, "stream", lambda *rest: train_phase1.prefetch(plain(*rest)))
+    call(train_phase1, *arguments, f"run.dir={tmp_path / 'gpu'}")
+    assert len(held) == 1
+    assert_equal_weights(weights_of(tmp_path / "plain"), weights_of(tmp_path / "gpu"))
 
 
 @pytest.mark.parametrize(("script", "extra"), [(train_phase1, PHASE1), (train_phase2, PHASE2)], ids=["one", "two"])
