@@ -114,10 +114,10 @@ def overfit(cfg, home):
         "configs/stage1.yaml", "init_param=scratch", "llm=none", "llm_weight=0", "ctc_decoder=none",
         "ctc_decoder_conf.freeze=false", "dataset_conf.ctc_tokenizer=word", "audio_encoder_conf.num_blocks=3",
         "audio_encoder_conf.tp_blocks=1", "audio_encoder_conf.output_size=128", "audio_encoder_conf.linear_units=512",
-        f"train_data_set_list={','.join([twenty] * 10)}", f"valid_data_set_list={twenty}", "clean_data_set_list=",
+        f"train_data_set_list={','.join([twenty] * 50)}", f"valid_data_set_list={twenty}", "clean_data_set_list=",
         "clean_valid_data_set_list=", "data_mix=0", "optim_conf.lr=1e-3", "scheduler_conf.warmup_steps=50",
-        "dataset_conf.num_workers=2", f"train_conf.max_epoch={2 if cfg['quick'] else 50}", "train_conf.log_interval=20",
-        f"output_dir={folder}"], f"{folder}/results.json")
+        "dataset_conf.num_workers=2", f"train_conf.max_steps={40 if cfg['quick'] else 900}", "train_conf.max_epoch=9",
+        "train_conf.log_interval=20", f"output_dir={folder}"], f"{folder}/results.json")
     return json.loads(Path(f"{folder}/results.json").read_text(encoding="utf-8"))["after"]["telephone_ctc_er"]
 
 
