@@ -30,7 +30,7 @@ DEFAULTS = {
     "run": "demo/steermoe",
     "seed": 0,
     "steps": 0,  # of each training; 0: as configs/steermoe/demo.yaml says
-    "overfit_steps": 60,
+    "overfit_steps": 40,
 }
 KINDS = {"steering": [], "linear": ["steering=null"], "stack": ["adaptor=stack", "steering=null",
                                                               "pooling_kernel_size=1"]}  # fmt: skip
