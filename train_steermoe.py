@@ -816,6 +816,7 @@ def plot_steering(parts, utterances, cfg, device, dtype, folder):
     def heat(axis, values, title, **limits):
         picture = axis.imshow(values.numpy(), aspect="auto", cmap="magma", **limits)
         axis.set(title=title, xlabel="expert", ylabel="layer")
+        axis.yaxis.get_major_locator().set_params(integer=True)
         return picture
 
     def save(figure, name):
