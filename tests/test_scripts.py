@@ -535,6 +535,9 @@ def test_two_processes_equal_one_with_the_doubled_batch(world, tmp_path, script,
              f"run.dir={tmp_path / 'two'}")
     one, two = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
     for name in one:
+        if name.endswith("in_proj_bias"):  # the softmax does not feel the keys' bias: its gradient is rounding, which
+            for weights in (one, two):  # AdamW blows up to steps of full size
+                weights[name] = torch.cat([weights[name].chunk(3)[0], weights[name].chunk(3)[2]])
         torch.testing.assert_close(one[name], two[name], atol=2e-5, rtol=1e-4, msg=name)
 
 
