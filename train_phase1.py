@@ -247,7 +247,7 @@ class EncoderCache:
         self.identity = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
         self.width, self.frame_ms = self.identity["encoder.width"], self.identity["encoder.frame_ms"]
         self.shards, self.bad = [], {}
-        self.numbers = {}  # key -> its place in these arrays, which take a tenth of a dict's memory
+        self.numbers = {}  # key -> its place in these arrays: dicts of millions of clips would fill the memory
         self.shard, self.first, self.frames, self.seconds = (array.array(kind) for kind in "iqid")
         paths = sorted(folder.glob("shard-*.json"))
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -505,7 +505,7 @@ def speed_up(cache, cfg, device):
 
 
 def prefetch(batches):
-    """Get the next batch in a thread while the GPU trains on this one. On two CPU cores it was up to 10 % slower."""
+    """Get the next batch in a thread while the GPU trains on this one. Two CPU cores have no time to spare for it."""
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(next, batches)
         while True:
