@@ -166,7 +166,7 @@ def plot(means, path):
         axis.bar_label(bars, fmt="%.1f", fontsize=8)
     axis.set(ylabel="WER, %", title="Whisper tiny.en's encoder with a CTC head")
     axis.set_xticks(range(len(SETS)), SETS.values())
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, ncol=3, loc="upper center", bbox_to_anchor=(0.5, -0.1))  # below: beside no bar
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
