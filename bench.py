@@ -24,6 +24,7 @@ Limits  --size full has no trained CTC head, so it decodes without CTC's drafts.
 import argparse
 import copy
 import json
+import multiprocessing
 import platform
 import random
 import re
@@ -33,6 +34,7 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -679,18 +681,19 @@ def write_corpus(folder, count):
             np.lib.format.open_memmap(path.with_suffix(".npy"), "w+", np.float16, (frames * len(keys), 1))
 
 
-def scale_corpus(world, hours):
-    """What phase 1 does before its first step with `hours` of clips of 5 s: read all, and order an epoch."""
-    folder = world.folder / f"corpus-{hours}"
-    write_corpus(folder, round(hours * 720))
-    manifest = str(folder / "all.jsonl")
-    _, *read = timed(lambda: sum(1 for _ in model.iter_manifest(manifest)), world.device)
-    cache, *index = timed(lambda: train_phase1.EncoderCache(folder), world.device)
-    train, *texts = timed(lambda: train_phase1.read_utterances(manifest, cache, world.listener.tokenizer, True),
-                          world.device)
-    _, *order = timed(lambda: train_phase1.epoch_batches(train.frames, 256, 40000, 1, 0, 0), world.device)
+def scale_corpus(folder, tokenizer, hours):
+    """What phase 1 does before its first step with `hours` of clips of 5 s, in a process of its own."""
+    folder, cpu, count = Path(folder) / f"corpus-{hours}", torch.device("cpu"), round(hours * 720)
+    write_corpus(folder, count)
+    cfg = train_phase1.DEFAULTS | {"data.train": str(folder / "all.jsonl"), "run.dir": str(folder)}
+    train_phase1.LARGE = 0  # what is read is kept, however small it is
+    cache, *index = timed(lambda: train_phase1.EncoderCache(folder), cpu)
+    _, *read = timed(lambda: len(train_phase1.open_utterances(cfg, cache, tokenizer)), cpu)
+    train, *again = timed(lambda: train_phase1.open_utterances(cfg, cache, tokenizer), cpu)
+    _, *order = timed(lambda: train_phase1.epoch_batches(train.frames, 256, 40000, 1, 0, 0), cpu)
+    assert len(train) == count
     shutil.rmtree(folder)
-    return {"manifest alone": read, "index of the cache": index, "manifest and tokens": texts,
+    return {"index of the cache": index, "texts, first start": read, "texts, later starts": again,
             "order of an epoch": order}
 
 
@@ -711,8 +714,10 @@ def scale(world, args):
             grown.setdefault((name, "batch of 5 s clips"), []).append((batch, *scale_stage(world, name, 5, batch)))
     hours = [h for h in (1, 10, 100, 1000, 10000) if h <= args.scale_hours]
     for h in hours:
-        for name, found in scale_corpus(world, h).items():
-            grown.setdefault((name, "corpus, h"), []).append((h, *found))
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # for a memory without models
+            found = pool.submit(scale_corpus, world.folder, world.listener.tokenizer, h).result()
+        for name, costs in found.items():
+            grown.setdefault((name, "corpus, h"), []).append((h, *costs))
     print(f"{'stage':20} {'against':20} {'from':>6} {'to':>6} {'seconds at the ends':>21} {'MiB':>15} {'exponent':>9}")
     table = []
     figure, axes = plt.subplots(1, 3, figsize=(13, 4))

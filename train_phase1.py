@@ -237,11 +237,14 @@ def autocast(device, dtype):
 # ---- data: the cache of precompute.py, and the order of batches (the same lines in both phases) --------------------
 
 
+LARGE = 2**26  # bytes of manifests, some 400,000 rows
+
+
 class EncoderCache:
     """Encoder outputs by key, memory-mapped: cache[key] -> (T, W) fp16 array."""
 
     def __init__(self, folder):
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         if not (folder / "cache.json").is_file():
             raise ValueError(f"{folder}: no cache here; run precompute.py with cache.dir={folder} first")
         self.identity = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
@@ -249,7 +252,7 @@ class EncoderCache:
         self.shards, self.bad = [], {}
         self.numbers = {}  # key -> its place in these arrays: dicts of millions of clips would fill the memory
         self.shard, self.first, self.frames, self.seconds = (array.array(kind) for kind in "iqid")
-        paths = sorted(folder.glob("shard-*.json"))
+        self.paths = paths = sorted(folder.glob("shard-*.json"))
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if hard != resource.RLIM_INFINITY and len(paths) + 32 > hard:
             raise ValueError(f"{folder}: {len(paths)} shards stay open together, but this system allows {hard} files: "
@@ -268,12 +271,11 @@ class EncoderCache:
             if frames.shape != (shard["frames"], self.width):
                 raise ValueError(f"{path.with_suffix('.npy')}: holds {frames.shape}, its index says "
                                  f"{(shard['frames'], self.width)}; delete both and run precompute.py again")
-            for clip in shard["clips"]:
-                self.numbers[clip["key"]] = len(self.shard)
-                self.shard.append(len(self.shards))
-                self.first.append(clip["first"])
-                self.frames.append(clip["frames"])
-                self.seconds.append(clip["seconds"])
+            clips = shard["clips"]
+            self.numbers.update(zip((clip["key"] for clip in clips), itertools.count(len(self.shard))))
+            self.shard.extend(itertools.repeat(len(self.shards), len(clips)))
+            for name in ("first", "frames", "seconds"):
+                getattr(self, name).extend(clip[name] for clip in clips)
             self.bad |= {row["key"]: row["reason"] for row in shard["bad"]}
             self.shards.append(frames)
 
@@ -309,11 +311,14 @@ def read_utterances(specs, cache, tokenizer, normalize, speeds=(1.0,), repeat=(1
     if len(repeat) not in (1, len(specs)):
         raise ValueError(f"data.repeat has {len(repeat)} numbers for {len(specs)} manifests; give one for each")
     utterances, left_out = model.Utterances(), []
+    bar = tqdm(desc="reading manifests", unit=" rows", delay=5, disable=rank_and_world()[0] != 0 or None)
     for number, spec in enumerate(specs):
         rows = model.iter_manifest(spec)
         while part := list(itertools.islice(rows, 4096)):  # tokenizers are several times as fast on lists
+            bar.update(len(part))
             targets = [model.normalize_text(r["target"]) if normalize else r["target"].strip() for r in part]
             for row, target, ids in zip(part, targets, model.text_to_ids(tokenizer, targets)):
+                extra = {k: row[k] for k in ("language", "prompt", "hotwords") if k in row}
                 for speed in speeds if spec in perturb else [1.0]:
                     key = row["key"] if speed == 1.0 else f"{row['key']}@{speed}"
                     if key in cache.bad or not ids:
@@ -323,15 +328,46 @@ def read_utterances(specs, cache, tokenizer, normalize, speeds=(1.0,), repeat=(1
                         raise ValueError(f"{row['where']}: {key} is not in the cache; run precompute.py over this "
                                          "manifest")
                     frames, seconds = cache.length(key)
-                    utterance = {"key": key, "target": target, "ids": ids, "frames": frames, "seconds": seconds}
-                    utterance |= {k: row[k] for k in ("language", "prompt", "hotwords") if k in row}
                     for _ in range(repeat[number % len(repeat)]):
-                        utterances.append(utterance)
+                        utterances.append({"key": key, "target": target, "ids": ids, "frames": frames,
+                                           "seconds": seconds} | extra)
+    bar.close()
     if left_out:
         print(f"{', '.join(specs)}: {len(left_out)} clips left out, first {left_out[0][0]}: {left_out[0][1]}")
     if not utterances:
         raise ValueError(f"{', '.join(specs)}: no usable utterance")
     return utterances
+
+
+def open_utterances(cfg, cache, tokenizer):
+    """read_utterances of data.train. Reading and tokenising millions of rows takes minutes, so it happens only once.
+
+    Of large manifests the result is kept in a folder beside the cache, whose name changes with the files, the tokenizer
+    and the settings. The next start maps it into memory, and all processes of a machine share that memory.
+    """
+    settings = [cfg["data.normalize"], cfg["data.speed"], cfg["data.repeat"], cfg["data.perturb"]]
+    paths = [Path(spec.strip()) for spec in cfg["data.train"].split(",") if spec.strip()]
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # None: a tokenizer in Python, which has no identity
+    if backend is None or not all(map(Path.is_file, paths)) or sum(path.stat().st_size for path in paths) < LARGE:
+        return read_utterances(cfg["data.train"], cache, tokenizer, *settings)
+    made_of = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in [*paths, *cache.paths]]
+    made_of += [settings, model.hash_text(backend.to_str())]
+    home = cache.folder if os.access(cache.folder, os.W_OK) else Path(cfg["run.dir"])
+    folder = home / f"utterances-{model.hash_text(made_of)}"
+    whole = folder / "made_of.json"  # written last
+    rank, world = rank_and_world()
+    if rank == 0:
+        print(f"{cfg['data.train']}: {'from' if whole.is_file() else 'read into'} {folder}", flush=True)
+    if rank == 0 and not whole.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, block in read_utterances(cfg["data.train"], cache, tokenizer, *settings).blocks().items():
+            write_atomic(folder / f"{name}.npy", lambda file, block=block: np.save(file, block))
+        write_atomic(whole, lambda file: file.write(json.dumps(made_of, indent=1).encode()))
+    if world > 1:
+        dist.barrier()
+    if not whole.is_file():  # another machine's process, whose disk is its own
+        return read_utterances(cfg["data.train"], cache, tokenizer, *settings)
+    return model.Utterances.load(folder)
 
 
 def cut_batches(order, lengths, size, budget, world):
@@ -633,7 +669,7 @@ def build(cfg, cache, table, train, device):
     if cfg["ctc.vocab"] not in ("train", "all"):
         raise ValueError(f"ctc.vocab: expected train or all, got {cfg['ctc.vocab']!r}")
     if cfg["loss.ctc_weight"]:
-        seen = sorted(train.tokens)
+        seen = train.token_counts().nonzero()[0].tolist()
         ctc = model.CTCHead(table.shape[1], embedding=table, token_ids=seen if cfg["ctc.vocab"] == "train" else None)
     return Phase1(adaptor, ctc, cfg["loss.temperature"]).to(device)
 
@@ -673,8 +709,7 @@ def main(cfg):
     identity = {k: v for k, v in cache.identity.items() if k.startswith("encoder.")}
     identity |= {"llm.weights": model.hash_tensors({"embed": table.bfloat16()})}  # as model.load_llm has it
     table = table.to(device)
-    train = read_utterances(cfg["data.train"], cache, tokenizer, cfg["data.normalize"], cfg["data.speed"],
-                            cfg["data.repeat"], cfg["data.perturb"])
+    train = open_utterances(cfg, cache, tokenizer)
     valid = read_utterances(cfg["data.valid"], cache, tokenizer, cfg["data.normalize"])
     state = open_run(cfg, rank, identity)
     phase = build(cfg, cache, table, train, device)
@@ -783,9 +818,10 @@ def print_start(cfg, phase, train, valid, total, device, dtype, world):
           f"candidates are those of its batch, over all processes: at most {cfg['batch_clips'] * world}")
     print(f"trainable: {', '.join(f'{name} {size:,}' for name, size in sizes.items())}; frozen: the LLM's embeddings")
     if phase.ctc is not None:
-        ids = [token for u in valid for token in u["ids"]]
-        print(f"CTC over {phase.ctc.blank} tokens and a blank; {len(ids) - len(phase.ctc.classes(ids))} of {len(ids)} "
-              "valid tokens have no CTC class, so that it cannot read them")
+        counts = valid.token_counts()
+        known = counts[[token for token in phase.ctc.token_ids.tolist() if token < len(counts)]].sum()
+        print(f"CTC over {phase.ctc.blank} tokens and a blank; {counts.sum() - known} of {counts.sum()} valid tokens "
+              "have no CTC class, so that it cannot read them")
     print(f"device {device}, autocast {dtype}, torch {torch.__version__}, seed {cfg['seed']}", flush=True)
 
 

@@ -150,6 +150,10 @@ def test_latin_transcripts_get_a_leading_space_and_chinese_ones_do_not(tokenizer
     assert tokenizer.decode(model.text_to_ids(tokenizer, "press one")) == " press one"
     assert tokenizer.decode(model.text_to_ids(tokenizer, "今天")) == "今天"
     assert model.text_to_ids(tokenizer, "") == []
+    texts = ["press one", "今天", "", "a b c d e f g h i j", "  two  spaces"]
+    tokenizer.backend_tokenizer.enable_truncation(3)  # a released tokenizer.json may bring it
+    tokenizer.backend_tokenizer.enable_padding(length=9)
+    assert model.text_to_ids(tokenizer, texts) == [model.text_to_ids(tokenizer, text) for text in texts]
     first, second = (model.text_to_ids(tokenizer, text) for text in ("one", "press one"))
     assert second[-len(first) :] == first, "the same word has the same tokens wherever it stands"
 

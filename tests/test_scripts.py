@@ -226,6 +226,46 @@ def test_a_resident_cache_gives_the_same_batches(world):
         assert np.array_equal(row[:length].numpy(), cache[key].astype(np.float32)) and not row[length:].any()
 
 
+@pytest.mark.parametrize("script", [train_phase1, train_phase2], ids=["phase1", "phase2"])
+def test_a_large_manifest_is_read_once(world, tmp_path, monkeypatch, capsys, script):
+    cache, manifest = tmp_path / "cache", tmp_path / "train.jsonl"
+    shutil.copytree(world["cache"], cache)
+    rows = [row | {"source": str(row["source"]), "language": "en"} for row in model.read_manifest(world["manifest"])]
+    manifest.write_text("\n".join(map(json.dumps, rows)))
+    cfg = script.DEFAULTS | {"data.train": str(manifest), "data.repeat": [2], "run.dir": str(tmp_path / "run")}
+    llm = next(argument for argument in world["phase1"] if argument.startswith("llm.name="))
+    tokenizer = model.load_embedding(llm.removeprefix("llm.name="))[1]
+    plain = script.read_utterances(str(manifest), script.EncoderCache(cache), tokenizer, True, repeat=[2])
+    assert len(plain) == 24
+
+    def start(reads, **other):
+        count, real = [], script.read_utterances
+        monkeypatch.setattr(script, "read_utterances", lambda *args: count.append(args) or real(*args))
+        train = script.open_utterances(cfg | other, script.EncoderCache(cache), tokenizer)
+        monkeypatch.setattr(script, "read_utterances", real)
+        assert len(count) == reads
+        return train
+
+    assert list(start(1)) == list(plain) and not list(cache.glob("utterances-*"))  # small: nothing is kept
+    monkeypatch.setattr(script, "LARGE", 0)
+    for reads in (1, 0):
+        train = start(reads)
+        assert list(train) == list(plain) and train[3:5] == plain[3:5] and train[-1] == plain[-1]
+        assert train.frames == plain.frames and train.seconds == plain.seconds
+        assert train.num_ids.tolist() == plain.num_ids.tolist()
+        assert train.token_counts().tolist() == plain.token_counts().tolist()
+    folder, = cache.glob("utterances-*")
+    assert "from " + str(folder) in capsys.readouterr().out
+    (folder / "made_of.json").unlink()  # killed before it was whole
+    assert list(start(1)) == list(plain)
+    assert len(start(1, **{"data.repeat": [1]})) == 12
+    rows[0]["target"] = "another text"
+    manifest.write_text("\n".join(map(json.dumps, rows)))
+    assert start(1)[0]["target"] == "another text" and len(list(cache.glob("utterances-*"))) == 3
+    monkeypatch.setattr(script.os, "access", lambda path, mode: False)  # a cache that others own
+    assert len(start(1)) == 24 and len(list((tmp_path / "run").glob("utterances-*"))) == 1
+
+
 def test_augmentation_leaves_the_padding_and_the_cache_alone(world):
     cache = train_phase1.EncoderCache(world["cache"])
     clips = [{"key": f"utt{n:03d}", "frames": cache.length(f"utt{n:03d}")[0]} for n in range(12)]
