@@ -389,12 +389,14 @@ def open_utterances(cfg, cache, tokenizer):
 
 def cut_batches(order, lengths, size, budget, world):
     """Cut indices (sorted by length) into batches of at most `size` clips and `budget` padded frames, per process."""
-    batches, batch, longest = [], [], 0
+    batches, batch, longest, most, room = [], [], 0, size * world, budget * world
     for index in order:
-        longest = max(longest, lengths[index])
-        if batch and (len(batch) + 1 > size * world or longest * (len(batch) + 1) > budget * world):
+        length = lengths[index]
+        if length > longest:  # max() takes longer, and an epoch may have millions of clips
+            longest = length
+        if batch and (len(batch) >= most or longest * (len(batch) + 1) > room):
             batches.append(batch)
-            batch, longest = [], lengths[index]
+            batch, longest = [], length
         batch.append(index)
     if batches and len(batch) < world:  # too few for every process to have one
         batches[-1] += batch
@@ -424,7 +426,7 @@ def epoch_batches(lengths, size, budget, world, seed, epoch):
         batches += cut_batches(sorted(part, key=lengths.__getitem__), lengths, size, budget, world)
     rng.shuffle(batches)
     if epoch == 0:
-        worst = max(range(len(batches)), key=lambda b: len(batches[b]) * max(lengths[i] for i in batches[b]))
+        worst = max(range(len(batches)), key=lambda b: len(batches[b]) * lengths[batches[b][-1]])  # sorted inside
         batches.insert(0, batches.pop(worst))
     return batches
 

@@ -103,5 +103,5 @@ def test_scale_writes_its_table_and_picture(tmp_path, monkeypatch):
     found = {row["stage"]: row["exponent"] for row in table if row["against"] == "clip length, s"}
     assert found == pytest.approx(cost)
     assert {row["stage"] for row in table if row["against"] == "corpus, h"} == {
-        "manifest alone", "index of the cache", "manifest and tokens", "order of an epoch"}
+        "index of the cache", "texts, first start", "texts, later starts", "order of an epoch"}
     assert out.with_suffix(".png").stat().st_size > 1000
