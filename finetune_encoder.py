@@ -19,7 +19,8 @@ Input   the official folder (model.pt, multilingual.tiktoken, Qwen3-0.6B/), or `
 Output  output_dir/trained.pt (what changed; the better of the best checkpoint and the average), config.json (with the
         base's hash): what `merge` and infer.py need; step-*.pt and avg.pt; last.pt to resume; bad.jsonl; table.md,
         results.json, curves.png, worst.txt; metrics.jsonl and TensorBoard events
-Units   dataset_conf lengths count 10 ms frames of audio plus text tokens, SpecAug's time masks 60 ms frames.
+Units   dataset_conf lengths count 10 ms frames of audio plus text tokens, SpecAug's time masks feature frames, which
+        are 60 ms here, and 10 ms with Whisper.
 Papers  SpecAugment 1904.08779, CTC (Graves 2006), packet loss as a Gilbert chain (Gilbert 1960).
 Source  key names and the meaning of keys: funasr 1.4.16, which parses many that it never uses; NO_EFFECT says which
         of them change nothing here either.
@@ -435,8 +436,11 @@ def autocast(device, dtype):
 # ---- FunASR's way of writing a configuration --------------------------------------------------------------------
 
 
-def expand_arguments(arguments):
-    """Put each YAML's `base` before it and take Hydra's ++key=value; the rest is load_config's."""
+def expand_arguments(arguments, above=()):
+    """Put each YAML's `base` before it and take Hydra's ++key=value; the rest is load_config's.
+
+    above: the files that build on these.
+    """
     expanded = []
     for argument in arguments:
         argument = argument.removeprefix("++")
@@ -444,9 +448,13 @@ def expand_arguments(arguments):
             tree = yaml.load(Path(argument).read_text(encoding="utf-8"), yaml.SafeLoader)
             base = tree.get("base") if isinstance(tree, dict) else None
             if base:
-                if not (Path(argument).parent / base).is_file():
+                path = str(Path(argument).parent / base)
+                if not Path(path).is_file():
                     raise ValueError(f"{argument}: base: {base}: no such file beside it")
-                expanded += expand_arguments([str(Path(argument).parent / base)])
+                if path in (argument, *above):
+                    raise ValueError(f"{argument}: base: {base}: builds on itself")
+                bases = expand_arguments([path], (argument, *above))
+                expanded += [name for name in bases if name not in expanded]  # two files may share a base
         expanded.append(argument)
     return expanded
 
@@ -476,6 +484,21 @@ def finish_config(cfg):
                          "audio_encoder_conf.activation_checkpoint=true, a smaller dataset_conf.batch_size")
     if cfg["train_conf.use_bf16"] and cfg["train_conf.use_fp16"]:
         raise ValueError("train_conf.use_bf16 and use_fp16 exclude each other")
+    at_least_one = ("train_conf.log_interval", "train_conf.validate_interval", "train_conf.save_checkpoint_interval",
+                    "train_conf.accum_grad", "train_conf.max_epoch", "dataset_conf.batch_size",
+                    "dataset_conf.batch_size_sample_max", "dataset_conf.batch_size_token_max",
+                    "telephone_conf.packet_loss_burst")
+    for key in at_least_one:
+        if cfg[key] < 1:
+            raise ValueError(f"{key}: has to be at least 1, got {cfg[key]}")
+    for key in ("snr_db", "level_db", "packet_loss_rate"):
+        value = cfg[f"telephone_conf.{key}"]
+        if len(value) != 2 or value[0] > value[1] or key == "packet_loss_rate" and not 0 <= value[0] <= value[1] < 1:
+            raise ValueError(f"telephone_conf.{key}: expected [lowest, highest]"
+                             + (" from 0 up to, not including, 1" if key == "packet_loss_rate" else "")
+                             + f", got {value}")
+    if cfg["llm"].lower() not in ("qwen3-0.6b", "none"):
+        raise ValueError(f"llm: expected Qwen3-0.6b (that of the model's own folder) or none, got {cfg['llm']!r}")
     if not 0 <= cfg["data_mix"] < 1:
         raise ValueError(f"data_mix is a share from 0 up to, not including, 1; got {cfg['data_mix']}")
     return cfg
@@ -593,6 +616,11 @@ def lose_packets(wave, rate, burst, rng):
     return wave
 
 
+def is_stacked(frontend):
+    """True if a feature frame is 7 mel frames beside each other (LFR)."""
+    return isinstance(frontend, model.NanoFrontend | model.KaldiEncoder)
+
+
 def make_masking(cfg, stacked):
     """SpecAugLFR by the configuration, or None. stacked: features are LFR (else one group of bins)."""
     if not cfg["specaug"]:
@@ -621,7 +649,7 @@ def read_list(specs, kind, cfg, tools, drops, training=True):
         for row in (row for path in lists for row in model.read_manifest(path)):
             try:
                 info = soundfile.info(row["source"])
-            except (RuntimeError, OSError) as error:
+            except (RuntimeError, OSError, TypeError) as error:  # TypeError: headerless .raw
                 drops.setdefault("unreadable", []).append((0.0, row["key"], row["source"], str(error)))
                 continue
             seconds = info.duration
@@ -650,7 +678,12 @@ def check_length(row, seconds):
     """FunASR's lengths count 10 ms frames; a file in another unit makes batches that are 6 or 100 times off."""
     claimed = row.get("speech_length", row.get("source_len"))
     frames = model.fbank_frames(round(seconds * 16000))
-    if claimed is None or abs(claimed - frames) <= max(3, 0.02 * frames):
+    if claimed is None:
+        return
+    if isinstance(claimed, bool) or not isinstance(claimed, int | float):
+        raise ValueError(f"{row['where']}: speech_length {claimed!r} is not a number of 10 ms frames; correct it, or "
+                         "leave the field out")
+    if abs(claimed - frames) <= max(3, 0.02 * frames):
         return
     units = {"60 ms frames": frames / 6, "seconds": seconds, "milliseconds": seconds * 1000, "samples": seconds * 16000,
              "8 kHz samples": seconds * 8000}
@@ -692,7 +725,7 @@ def cut_batches(order, lengths, size, budget, world):
         length = lengths[index]
         if length > longest:  # max() takes longer, and an epoch may have millions of clips
             longest = length
-        if batch and (len(batch) >= most or longest * (len(batch) + 1) > room):
+        if len(batch) >= world and (len(batch) >= most or longest * (len(batch) + 1) > room):  # one each at least
             batches.append(batch)
             batch, longest = [], length
         batch.append(index)
@@ -785,14 +818,17 @@ class AudioClips(torch.utils.data.Dataset):
 
 
 def batches_of(utterances, batches, parts, cfg, epoch, bad):
-    """Load batches as they come: dicts feats (B, T, F), lens, twin or None, has_twin, utterances, ids, classes."""
+    """Load batches as they come: dicts feats (B, T, F), lens, twin or None, has_twin, utterances, good, ids, ...
+
+    good    False for a clip that could not be read: silence without labels takes its place.
+    """
     loader = torch.utils.data.DataLoader(
         AudioClips(utterances, parts["frontend"], cfg, epoch), batch_sampler=batches, collate_fn=list,
         num_workers=cfg["dataset_conf.num_workers"],
         multiprocessing_context="fork" if cfg["dataset_conf.num_workers"] else None,
         generator=torch.Generator(),  # its own: the default would draw from the run's random state
     )
-    masking = make_masking(cfg, isinstance(parts["frontend"], model.NanoFrontend)) if epoch is not None else None
+    masking = make_masking(cfg, is_stacked(parts["frontend"])) if epoch is not None else None
     for indices, items in zip(batches, loader):
         rows = [utterances[index] for index in indices]
         lens = torch.tensor([len(feats) for feats, _, _ in items])
@@ -806,10 +842,12 @@ def batches_of(utterances, batches, parts, cfg, epoch, bad):
             seed = int(model.hash_text([cfg["seed"], epoch, [u["key"] for u in rows]])[:12], 16)
             feats, lens = masking(feats, lens, torch.Generator().manual_seed(seed))
         for row, (_, _, reason) in zip(rows, items):
-            if reason and all(other["key"] != row["key"] for other in bad):
+            if reason and all(other["source"] != row["source"] for other in bad):
                 bad.append({"key": row["key"], "source": row["source"], "reason": reason})
         good = [not reason for _, _, reason in items]
-        yield {"feats": feats, "lens": lens, "twin": twin, "has_twin": has_twin, "utterances": rows,
+        enc_lens = getattr(parts["nano"].audio_encoder, "out_lens", lambda lens: lens)(lens)
+        yield {"feats": feats, "lens": lens, "twin": twin, "has_twin": has_twin, "utterances": rows, "good": good,
+               "twin_frames": int((enc_lens * has_twin).sum()),
                "ids": [u["ids"] if ok else [] for u, ok in zip(rows, good)],
                "classes": [u["classes"] if ok else [] for u, ok in zip(rows, good)]}
 
@@ -821,9 +859,7 @@ def encoder_blocks(encoder):
     """Blocks of an encoder from input to output."""
     if isinstance(encoder, model.SenseVoiceEncoder):
         return [*encoder.encoders0, *encoder.encoders, *encoder.tp_encoders]
-    if isinstance(encoder, model.WhisperEncoder):
-        return list(encoder.net.layers)
-    return encoder_blocks(encoder.net)  # SenseVoiceSmall's wrapper
+    return model.encoder_layers(encoder)
 
 
 def load_parts(cfg, device):
@@ -844,7 +880,7 @@ def load_parts(cfg, device):
                              "name such as FunAudioLLM/Fun-ASR-Nano-2512")
         if name.endswith(".pt") and not Path(name).is_file():
             raise ValueError(f"init_param={name}: no such file")
-        base = Path(name).parent if Path(name).is_file() else model.find_model(name)
+        base = Path(name) if Path(name).is_file() else model.find_model(name) / "model.pt"
     symbols = None
     if own_symbols:
         symbols = json.loads((Path(cfg["init_run"]) / "config.json").read_text(encoding="utf-8"))["ctc_symbols"] if (
@@ -852,19 +888,20 @@ def load_parts(cfg, device):
                 cfg["dataset_conf.ctc_tokenizer"], training_texts(cfg)).symbols
     on_gpu = device.type == "cuda" and cfg["llm_conf.freeze"]
     llm_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[cfg["llm_conf.llm_dtype"]]
-    nano, tokenizer = model.build_nano(conf, base, llm_dtype if on_gpu else torch.float32, with_llm,
+    nano, tokenizer = model.build_nano(conf, base and base.parent, llm_dtype if on_gpu else torch.float32, with_llm,
                                        bool(conf["ctc_decoder"]) or own_symbols, len(symbols) if symbols else None)
-    random_ctc, base_hash = own_symbols and not cfg["init_run"], ""
+    random_ctc, base_hash, not_in_base = own_symbols and not cfg["init_run"], "", set()
     if base:
-        weights = model.read_nano_weights(base / "model.pt")
-        absent = model.load_nano_weights(nano, weights, f"{base}/model.pt", model.CTC_PREFIXES)
+        weights = model.read_nano_weights(base)
+        absent = model.load_nano_weights(nano, weights, base, model.CTC_PREFIXES)
         base_hash, random_ctc = model.hash_tensors(weights), bool(absent)
-        lines.append(f"{base}/model.pt (hash {base_hash}): {len(weights)} tensors, {len(nano.state_dict())} loaded, "
+        lines.append(f"{base} (hash {base_hash}): {len(weights)} tensors, {len(nano.state_dict())} loaded, "
                      f"missing: {', '.join(absent) or 'none'}, mismatched: none")
         if absent and not cfg["ctc_weight"]:
             nano.ctc, nano.ctc_decoder = None, None
             lines.append("CTC branch: not in model.pt, and ctc_weight is 0: left out")
     elif sanm:
+        not_in_base |= {f"audio_encoder.{name}" for name in nano.audio_encoder.state_dict()}
         lines.append("encoder: random weights (init_param=scratch)")
     else:
         base_hash = nano.audio_encoder.identity["weights"]
@@ -877,7 +914,7 @@ def load_parts(cfg, device):
         lines.append("CTC branch: not in the checkpoint, trained from scratch")
     ctc_tokenizer = None
     if nano.ctc is not None:
-        path = cfg["dataset_conf.ctc_tokenizer_conf.vocab_path"] or str(base or "") + "/multilingual.tiktoken"
+        path = cfg["dataset_conf.ctc_tokenizer_conf.vocab_path"] or (base or Path()).parent / "multilingual.tiktoken"
         ctc_tokenizer = model.SymbolTokenizer(cfg["dataset_conf.ctc_tokenizer"], symbols) if own_symbols else (
             model.ctc_tokenizer_of(nano, path))
     lora = {"r": cfg["llm_conf.lora_conf.r"], "alpha": cfg["llm_conf.lora_conf.lora_alpha"], "dropout": 0.0,
@@ -886,15 +923,20 @@ def load_parts(cfg, device):
         model.add_lora(nano.llm, **lora)
     original = model.freeze(copy.deepcopy(nano.audio_encoder)) if cfg["distill_weight"] else None
     if cfg["init_run"]:
+        first = json.loads((Path(cfg["init_run"]) / "config.json").read_text(encoding="utf-8"))
+        if first["base_hash"] != base_hash:
+            raise ValueError(f"init_run={cfg['init_run']}: was trained on another base (hash {first['base_hash']}, "
+                             f"this is {base_hash}); give its init_param or audio_encoder")
         state = model.read_weights(Path(cfg["init_run"]) / "trained.pt")
         model.load_trained_part(nano, state, None, f"{cfg['init_run']}/trained.pt")
+        not_in_base |= set(state)
         lines.append(f"{len(state)} tensors from {cfg['init_run']}/trained.pt")
     cmvn = model.load_cmvn(cfg["frontend_conf.cmvn_file"]) if cfg["frontend_conf.cmvn_file"] else None
     frontend = model.NanoFrontend(cfg["frontend_conf.fs"], cfg["frontend_conf.mel_axis"], cfg["frontend_conf.dither"],
                                   cmvn) if sanm else nano.audio_encoder
     return {"nano": nano, "frontend": frontend, "tokenizer": tokenizer, "ctc_tokenizer": ctc_tokenizer, "base": base,
             "base_hash": base_hash, "symbols": symbols, "lora": lora, "original": original, "random_ctc": random_ctc,
-            "bad": [], "lines": lines}
+            "not_in_base": not_in_base, "bad": [], "lines": lines}
 
 
 def training_texts(cfg):
@@ -927,6 +969,9 @@ def freeze_parts(nano, cfg):
         if isinstance(encoder, model.WhisperEncoder):
             for part in (encoder.net.conv1, encoder.net.conv2, encoder.net.embed_positions):
                 model.freeze(part)
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm1d):  # Parakeet's: a few padded calls must not move its statistics
+            model.freeze(module)
     if isinstance(encoder, model.WhisperEncoder):
         encoder.net.embed_positions.requires_grad_(False)  # sinusoids
     elif isinstance(encoder, model.KaldiEncoder) and hasattr(encoder, "ctc_lo"):
@@ -1009,8 +1054,7 @@ def count_labels(batch, cfg):
         ce, ctc = sum(map(len, batch["ids"])), sum(map(len, batch["classes"]))
     else:
         ce, ctc = (sum(1 for row in batch[name] if row) for name in ("ids", "classes"))
-    distill = 0 if batch["twin"] is None else int((batch["lens"] * batch["has_twin"]).sum())
-    return [ce, ctc, distill]
+    return [ce, ctc, 0 if batch["twin"] is None else batch["twin_frames"]]
 
 
 def to_device(batch, device):
@@ -1036,6 +1080,11 @@ def read_data(cfg, parts):
                          + (f" (dropped: {dropped})" if dropped else ""))
     if cfg["data_mix"] and not clean:
         raise ValueError("data_mix > 0 needs clean_data_set_list")
+    if not cfg["data_mix"]:
+        clean = []  # none of it is drawn
+    if cfg["distill_weight"] and not clean and all(u["kind"] == "telephone" for u in train):
+        raise ValueError("distill_weight needs clean speech to compare with: telephone_conf.data_set_list, or "
+                         "clean_data_set_list with data_mix")
     prompt = sum(map(len, model.nano_prompt(parts["tokenizer"]))) if parts["tokenizer"] else 0
     lost = {}
     valid = {"telephone": read_list(cfg["valid_data_set_list"], "telephone", cfg, parts, lost, training=False),
@@ -1043,6 +1092,10 @@ def read_data(cfg, parts):
              "clean": read_list(cfg["clean_valid_data_set_list"], "clean", cfg, parts, lost, training=False)}
     if not any(valid.values()):
         raise ValueError("nothing to score on: give valid_data_set_list or clean_valid_data_set_list")
+    texts = any(u["target"] for rows in valid.values() for u in rows) and (cfg["ctc_weight"] or cfg["llm_weight"])
+    if not texts and not (cfg["distill_weight"] and valid["clean"]):
+        raise ValueError("validation has nothing to score: it has no transcripts, or neither CTC nor LLM has a weight, "
+                         "and there is no clean_valid_data_set_list with distill_weight")
     for utterance in [*train, *clean, *(u for rows in valid.values() for u in rows)]:
         utterance["classes"] = parts["ctc_tokenizer"].encode(utterance["heard"]) if parts["ctc_tokenizer"] else []
         utterance["positions"] = (prompt + model.llm_positions(model.lfr_frames(utterance["frames"]))
@@ -1073,6 +1126,7 @@ def check_output(cfg, nano):
     one = 4 * sum(p.numel() for p in nano.parameters() if p.requires_grad)
     count = cfg["train_conf.keep_nbest_models"] + 2  # the average and the result
     needed, free = one * (count + 3), shutil.disk_usage(folder).free  # last.pt: weights and two moments
+    free += sum(path.stat().st_size for path in folder.glob("*.pt"))  # of a run that goes on: they are replaced
     if needed > free:
         raise ValueError(f"output_dir={folder}: {free / 2**30:.1f} GiB free, {needed / 2**30:.1f} GiB needed for "
                          f"{count} checkpoints and last.pt; lower train_conf.keep_nbest_models")
@@ -1080,16 +1134,22 @@ def check_output(cfg, nano):
             f"checkpoints of {one / 2**20:.0f} MiB, and last.pt)"]
 
 
-def estimate_memory(cfg, nano):
-    """A rough peak in bytes, from counts; a guess within a factor of two."""
-    weights = sum(p.numel() * p.element_size() for p in nano.parameters())
+def estimate_memory(cfg, parts):
+    """A rough peak in bytes, from counts: weights, gradients and moments, activations of the largest batch."""
+    nano, block_bytes = parts["nano"], 34 * 4  # bytes that a block keeps for the backward pass, per frame and dimension
+    weights = sum(p.numel() * p.element_size() for p in [*nano.parameters(), *(
+        parts["original"].parameters() if parts["original"] is not None else ())])
     trains = sum(p.numel() for p in nano.parameters() if p.requires_grad)
-    frames = cfg["dataset_conf.batch_size"] // 6  # of 60 ms, for a batch of audio alone
-    width = 34 * 4 * cfg["audio_encoder_conf.output_size"]  # bytes a frame and block keeps for the backward pass
-    blocks = cfg["audio_encoder_conf.num_blocks"] + cfg["audio_encoder_conf.tp_blocks"]
-    activations = 0 if cfg["audio_encoder_conf.freeze"] else frames * width * (
+    frames = cfg["dataset_conf.batch_size"] * 10 / getattr(parts["frontend"], "frame_ms", 60.0)
+    blocks, width = len(encoder_blocks(nano.audio_encoder)), getattr(nano.audio_encoder, "width",
+                                                                     cfg["audio_encoder_conf.output_size"])
+    activations = 0 if cfg["audio_encoder_conf.freeze"] else frames * width * block_bytes * (
         blocks**0.5 if cfg["audio_encoder_conf.activation_checkpoint"] else blocks)
     logits = 4 * 4 * frames * (nano.ctc.blank + 1) if nano.ctc is not None and cfg["ctc_weight"] else 0
+    if nano.llm is not None and cfg["llm_weight"]:
+        sizes, positions = nano.llm.config, frames / 8 + 40 * cfg["dataset_conf.batch_size_sample_max"]
+        activations += positions * sizes.hidden_size * sizes.num_hidden_layers * block_bytes
+        logits += 4 * 4 * 20 * cfg["dataset_conf.batch_size_sample_max"] * sizes.vocab_size  # of label positions
     return weights + 12 * trains + activations + logits  # gradient and two moments in fp32
 
 
@@ -1114,12 +1174,12 @@ def checklist(cfg, device):
         point("what trains", lambda: freeze_parts(parts["nano"], cfg))
         point("losses", lambda: check_losses(parts["nano"], cfg))
     point("learning rate", lambda: check_rates(cfg))
-    point("SpecAug", lambda: describe_masking(cfg))
     point("front end", lambda: describe_frontend(cfg))
     if parts:
+        point("SpecAug", lambda: describe_masking(cfg, 0.06 if is_stacked(parts["frontend"]) else 0.01))
         data = point("data", lambda: read_data(cfg, parts))
         point("output", lambda: check_output(cfg, parts["nano"]))
-        point("memory", lambda: [f"about {estimate_memory(cfg, parts['nano']) / 2**30:.1f} GiB at the peak, by a rough "
+        point("memory", lambda: [f"about {estimate_memory(cfg, parts) / 2**30:.1f} GiB at the peak, by a rough "
                                  "count of weights, moments and activations"])
     return found, parts, data
 
@@ -1135,13 +1195,13 @@ def check_rates(cfg):
     return lines
 
 
-def describe_masking(cfg):
+def describe_masking(cfg, frame_s):
     if not cfg["specaug"]:
         return ["off"]
     make_masking(cfg, True)  # refuses ranges that make no sense
     time, ratio = cfg["specaug_conf.time_mask_width_range"], cfg["specaug_conf.time_mask_max_ratio"]
     return [f"{cfg['specaug_conf.num_freq_mask']} x up to {cfg['specaug_conf.freq_mask_width_range'][1]} mel bins, "
-            f"{cfg['specaug_conf.num_time_mask']} x up to {time[1]} frames ({0.06 * time[1]:.1f} s), each at most "
+            f"{cfg['specaug_conf.num_time_mask']} x up to {time[1]} frames ({frame_s * time[1]:.2f} s), each at most "
             f"{100 * ratio:g} % of its clip"]
 
 
@@ -1161,6 +1221,14 @@ def print_checklist(found, cfg, verbose):
     for key, why in NO_EFFECT.items():
         if verbose or cfg[key] != DEFAULTS[key] and not str(DEFAULTS[key]).startswith("${"):
             print(f"note  {key}={cfg[key]} changes nothing: {why}")
+    if cfg["audio_encoder"] != "SenseVoiceEncoderSmall":
+        used = ("audio_encoder_conf.freeze", "audio_encoder_conf.freeze_layer_num",
+                "audio_encoder_conf.activation_checkpoint", "frontend_conf.fs")
+        sections = ("audio_encoder_conf.", "audio_adaptor_conf.", "frontend_conf.", "llm", "specaug_conf.lfr_rate")
+        for key in cfg:
+            if key.startswith(sections) and key not in used and cfg[key] != DEFAULTS[key]:
+                print(f"note  {key}={cfg[key]} changes nothing: {cfg['audio_encoder']} has its own front end and "
+                      "sizes, and no LLM behind it")
 
 
 # ---- bookkeeping of a run (trim_metrics, log_metrics and write_bad as in the other scripts) -------------------------
@@ -1228,14 +1296,24 @@ def log_metrics(path, writer, step, values):
         writer.add_scalar(name, value, step)
 
 
+def all_bad(bad):
+    """Rows of clips that could not be used, of all processes, each file once."""
+    parts = [bad] * rank_and_world()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(parts, bad)
+    return list({row["source"]: row for part in parts for row in part}.values())
+
+
 def write_bad(folder, bad):
     lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in bad]
     write_atomic(folder / "bad.jsonl", lambda file: file.writelines(lines))
 
 
-def trained_state(nano):
-    """What training changes, by name: nothing of what is frozen."""
-    return {name: p.detach().cpu() for name, p in nano.named_parameters() if p.requires_grad}
+def trained_state(parts):
+    """What makes this model of its base, by name: what trains, and what came from init_run or from random weights."""
+    nano = parts["nano"]
+    names = {name for name, parameter in nano.named_parameters() if parameter.requires_grad} | parts["not_in_base"]
+    return {name: value.detach().cpu() for name, value in nano.state_dict().items() if name in names}
 
 
 def save_trained(path, state):
@@ -1248,8 +1326,10 @@ def describe_run(cfg, parts):
         "audio_encoder", "audio_encoder_conf", "audio_adaptor_conf", "llm_conf", "ctc_decoder", "ctc_decoder_conf",
         "ctc_conf", "ctc_vocab_size", "frontend_conf")}
     nano = parts["nano"]
+    if Path(conf["audio_encoder"]).exists():  # infer.py may be started elsewhere
+        conf["audio_encoder"] = str(Path(conf["audio_encoder"]).resolve())
     return {"format": 1, "script": "finetune_encoder", "conf": conf,
-            "base": str(parts["base"]) if parts["base"] else None, "base_hash": parts["base_hash"],
+            "base": str(parts["base"].resolve()) if parts["base"] else None, "base_hash": parts["base_hash"],
             "with_llm": nano.llm is not None, "with_ctc": nano.ctc is not None, "lora": parts["lora"],
             "ctc_symbols": parts["symbols"], "ctc_kind": cfg["dataset_conf.ctc_tokenizer"],
             "ctc_vocab": cfg["dataset_conf.ctc_tokenizer_conf.vocab_path"]}
@@ -1260,7 +1340,7 @@ def describe_run(cfg, parts):
 
 @torch.no_grad()
 def evaluate(tuner, sets, parts, cfg, device, dtype, decode):
-    """Error rates of the CTC read-out and, on the first `decode` clips of each set, of the LLM; distillation distance.
+    """Error rates of the CTC read-out and, on `decode` clips of each set, of the LLM; distillation distance.
 
     Output  {telephone_ctc_er: ...}, {set: [(key, target, LLM text or None, CTC text or None)]}
     """
@@ -1270,9 +1350,13 @@ def evaluate(tuner, sets, parts, cfg, device, dtype, decode):
         if not utterances:
             continue
         rows, distance, frames = [], 0.0, 0
-        order = sorted(range(len(utterances)), key=lambda i: utterances[i]["frames"])
-        batches = [order[start : start + 16] for start in range(0, len(order), 16)]
-        for batch in batches_of(utterances, batches, parts, cfg, None, parts["bad"]):
+        lengths = [utterance["frames"] for utterance in utterances]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        count = min(decode, len(order))  # of every length, not the shortest ones
+        decoded = {order[(2 * number + 1) * len(order) // (2 * count)] for number in range(count)}
+        budget = math.inf if cfg["dataset_conf.batch_type"] == "example" else cfg["dataset_conf.batch_size"]
+        batches = cut_batches(order, lengths, 16, budget, 1)
+        for indices, batch in zip(batches, batches_of(utterances, batches, parts, cfg, None, parts["bad"])):
             batch = to_device(batch, device)
             with amp(device, dtype):
                 enc, lens = nano.encode(batch["feats"], batch["lens"])
@@ -1286,9 +1370,12 @@ def evaluate(tuner, sets, parts, cfg, device, dtype, decode):
                     log_probs, ctc_lens = nano.ctc_log_probs(enc, lens)
                     heard = [parts["ctc_tokenizer"].decode(path)
                              for path in model.ctc_greedy(log_probs, ctc_lens, nano.ctc.blank)]
-                if nano.llm is not None and len(rows) < decode:
-                    said = read_llm(tuner, enc, lens, batch["utterances"])
-            rows += [(u["key"], u["target"], a, b) for u, a, b in zip(batch["utterances"], said, heard)]
+                places = [place for place, index in enumerate(indices) if index in decoded]
+                if nano.llm is not None and places:
+                    texts_of = read_llm(tuner, enc[places], lens[places], [batch["utterances"][i] for i in places])
+                    said = [dict(zip(places, texts_of)).get(place) for place in range(len(lens))]
+            rows += [(u["key"], u["target"], a, b)
+                     for u, a, b, good in zip(batch["utterances"], said, heard, batch["good"]) if good]
         for kind, column in (("llm_er", 2), ("ctc_er", 3)):
             pairs = [(row[1], row[column]) for row in rows if row[column] is not None and row[1]]
             if pairs:
@@ -1357,7 +1444,11 @@ def train_step(wrapped, optimizer, scaler, micro, cfg, device, dtype, world, win
         window["audio_s"] += sum(u["seconds"] for u in batch["utterances"])
     scaler.unscale_(optimizer)  # clip real, not scaled, gradients
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(trainable, cfg["train_conf.grad_clip"], error_if_nonfinite=not scaler.is_enabled())
+    norm = nn.utils.clip_grad_norm_(trainable, cfg["train_conf.grad_clip"])
+    if not scaler.is_enabled() and not bool(norm.isfinite()):
+        clips = ", ".join(u["key"] for batch in micro for u in batch["utterances"])
+        raise ValueError(f"the gradient is not finite, clips {clips}: nothing was changed by this step; lower "
+                         "optim_conf.lr or leave these clips out")
     scaler.step(optimizer)  # fp16: skipped on overflow
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -1400,10 +1491,14 @@ def main(cfg):
             raise ValueError(f"{folder}/last.pt was trained on another base ({state['base_hash']}, now "
                              f"{parts['base_hash']})")
         model.load_trained_part(nano, state["trained"], None, f"{folder}/last.pt")
+        ours = [{k: group[k] for k in ("scale", "weight_decay", "betas")} for group in optimizer.param_groups]
         optimizer.load_state_dict(state["optimizer"])
+        for group, settings in zip(optimizer.param_groups, ours):  # as configured now; load_state_dict brings the old
+            group.update(settings)
         scaler.load_state_dict(state["scaler"])
         step, epoch, used, spent, kept, idle, best = (
             state[k] for k in ("step", "epoch", "used", "seconds", "kept", "idle", "best"))
+        kept = [item for item in kept if (folder / f"step-{item[1]:06d}.pt").is_file()]  # a later one pushed it out
     if rank == 0:
         trim_metrics(metrics, step)
         writer = SummaryWriter(folder, purge_step=step + 1)
@@ -1411,7 +1506,8 @@ def main(cfg):
     accum = cfg["train_conf.accum_grad"]
     per_epoch = [len(epoch_batches(data["train"], data["n_clean"], cfg, world, e))
                  for e in range(cfg["train_conf.max_epoch"])]
-    total = min(cfg["train_conf.max_steps"] or math.inf, -(-sum(per_epoch) // accum))
+    left = sum(per_epoch[epoch:]) - min(used, per_epoch[epoch] if epoch < len(per_epoch) else 0)
+    total = min(cfg["train_conf.max_steps"] or math.inf, step + -(-left // accum))  # resumed with other batches, too
     if rank == 0:
         print(f"{total} steps, {per_epoch[0]} batches in epoch 0 x {world} processes, {accum} a step; {dtype}, "
               f"{device}, torch {torch.__version__}, seed {cfg['seed']}", flush=True)
@@ -1433,7 +1529,7 @@ def main(cfg):
         bar.update(1)
         last = step == total
         if len(parts["bad"]) > cfg["dataset_conf.retry"]:
-            write_bad(folder, parts["bad"])
+            write_bad(folder, parts["bad"])  # as this process knows them; the others are in the next step already
             raise ValueError(f"{len(parts['bad'])} clips cannot be used, more than dataset_conf.retry="
                              f"{cfg['dataset_conf.retry']}; the last is {parts['bad'][-1]['reason']}")
         if rank == 0 and (step % cfg["train_conf.log_interval"] == 0 or last):
@@ -1452,16 +1548,17 @@ def main(cfg):
                 log_metrics(metrics, writer, step, scores)
                 tqdm.write(f"  valid {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items())
                            + ("  no better for so long: stopping" if stop else ""))
-                kept = keep_best(folder, kept, step, score, trained_state(nano), cfg)
+                kept = keep_best(folder, kept, step, score, trained_state(parts), cfg)
         if rank == 0 and (step % cfg["train_conf.save_checkpoint_interval"] == 0 or epoch_ends or last or stop):
-            state = {"format": 1, "trained": trained_state(nano), "optimizer": optimizer.state_dict(),
+            state = {"format": 1, "trained": trained_state(parts), "optimizer": optimizer.state_dict(),
                      "scaler": scaler.state_dict(), "step": step, "epoch": epoch, "used": used, "kept": kept,
                      "idle": idle, "best": best, "base_hash": parts["base_hash"], "config": cfg,
                      "seconds": spent + time.time() - started}
             write_atomic(folder / "last.pt", lambda file, state=state: torch.save(state, file))
     bar.close()
+    named = all_bad(parts["bad"])
     if rank == 0:
-        write_bad(folder, parts["bad"])
+        write_bad(folder, named)
         finish(tuner, data, parts, cfg, device, dtype, kept, before, metrics, writer, step)
         print(f"done: {step} steps, {spent + time.time() - started:.0f} s -> {folder}")
     if dist.is_initialized():
@@ -1471,16 +1568,20 @@ def main(cfg):
 
 def score_before(tuner, data, parts, cfg, device, dtype, folder, rank):
     """Error rates of the untouched model on every set, once a run."""
-    path = folder / "before.json"
+    path, heard = folder / "before.json", model.hash_text({k: [u["key"] for u in v] for k, v in data["valid"].items()})
     if not path.is_file():
         scores, texts = evaluate(tuner, data["valid"], parts, cfg, device, dtype, sys.maxsize)
         if parts["random_ctc"]:  # it reads noise
             scores = {k: v for k, v in scores.items() if not k.endswith("ctc_er")}
         if rank == 0:
-            text = json.dumps({"scores": scores, "texts": texts}, ensure_ascii=False)
+            text = json.dumps({"scores": scores, "clips": heard, "texts": texts}, ensure_ascii=False)
             write_atomic(path, lambda file: file.write(text.encode()))
         return scores
-    return json.loads(path.read_text(encoding="utf-8"))["scores"]
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found.get("clips", heard) != heard:
+        raise ValueError(f"{path}: scored other validation clips than there are now, so that before and after would "
+                         "not compare; give the lists that the run began with, or another output_dir")
+    return found["scores"]
 
 
 def new_window():
@@ -1507,6 +1608,8 @@ def log_window(window, step, total, lr, norm, bad, metrics, writer, bar):
 def finish(tuner, data, parts, cfg, device, dtype, kept, before, metrics, writer, step):
     """Average the best checkpoints, keep the better of average and best, and tell what the run has changed."""
     folder, names = Path(cfg["output_dir"]), kept[: max(1, cfg["train_conf.avg_nbest_model"])]
+    if not names:
+        raise ValueError(f"{folder}: no checkpoint is left to choose from; start again in another output_dir")
     states = [model.read_weights(folder / f"step-{number:06d}.pt") for _, number in names]
     average = {key: torch.stack([state[key].float() for state in states]).mean(0) for key in states[0]}
     save_trained(folder / "avg.pt", average)
@@ -1665,6 +1768,9 @@ def merge(run_dir, model_pt, out):
         config["frontend_conf"]["fs"] = 8000
         (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
         print("frontend_conf.fs is 8000 in the merged config.yaml: the run was trained on FunASR's warped mel axis")
+    elif run["conf"]["frontend_conf"]["fs"] == 8000:
+        print("frontend_conf.fs stays as it is in the merged config.yaml: funasr has no pretrained mel axis at 8 kHz, "
+              "so it resamples calls to 16 kHz; infer.py reads them natively, from the run folder")
     write_atomic(out / "model.pt", lambda file: torch.save({k: v.clone() for k, v in weights.items()}, file))
     print(f"{changed} of {len(weights)} tensors changed -> {out}")
 
@@ -1689,6 +1795,8 @@ def command_line(arguments):
         return lambda cfg: merge(arguments[1], arguments[2], arguments[4]), []
     if "--compare" in arguments:
         paths = [argument for argument in arguments if argument != "--compare"]
+        if not paths:
+            raise ValueError("--compare needs YAML files")
         return lambda cfg: print(compare(paths)), []
     if "--show" in arguments:
         place = arguments.index("--show")

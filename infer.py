@@ -437,17 +437,21 @@ def load_nano_listener(cfg, device, dtype):
     if cfg["decode.ctc_weight"] > 0:
         raise ValueError("decode.ctc_weight is for models of train_phase2.py: here the CTC head has another vocabulary "
                          "than the LLM")
-    nano, frontend, tokenizer, ctc_tokenizer = model.load_nano(cfg["model.dir"], dtype, cfg["decode.readout"] != "ctc")
+    moved = cfg["encoder.name"] if Path(cfg["encoder.name"] or "/nowhere").exists() else ""  # a run's base
+    nano, frontend, tokenizer, ctc_tokenizer = model.load_nano(
+        cfg["model.dir"], dtype, cfg["decode.readout"] != "ctc", moved)
     nano = nano.to(device)
     if nano.llm is None:
         cfg["decode.readout"] = "ctc"
     if cfg["decode.readout"] == "ctc" and nano.ctc is None or cfg["translate"] and nano.llm is None:
         lacks = "CTC branch to read" if nano.ctc is None else "LLM to translate"
         raise ValueError(f"{cfg['model.dir']}: has no {lacks}")
+    stack = nano.ctc_decoder.stack if nano.ctc_decoder is not None else 1
     return SimpleNamespace(
         encoder=frontend, nano=nano, ctc=nano.ctc, llm=nano.llm, tokenizer=tokenizer, ctc_tokenizer=ctc_tokenizer,
         read_ctc=lambda path: ctc_tokenizer.decode(path).strip(), draft=False, device=device, dtype=torch.float32,
-        stop_id=tokenizer and tokenizer.convert_tokens_to_ids("<|im_end|>"), position_s=frontend.frame_ms / 1000,
+        stop_id=tokenizer and tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        position_s=stack * frontend.frame_ms / 1000,
         settings={"encoder.name": cfg["model.dir"], "llm.name": "its own" if nano.llm is not None else "none"},
     )
 

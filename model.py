@@ -351,13 +351,16 @@ class SpeechEncoder(nn.Module):
                 and everything that changes the output; a cache made with another one is refused).
     features    wave (N,), key -> feats (T, F): runs in data workers, on the CPU.
     forward     feats (B, T, F), lens (B,) -> enc (B, T', W), lens (B,). Padding never changes a real frame.
-    num_frames  samples -> T', the length formula that batching and checks use.
+    num_frames  samples -> T', the length formula that batching and checks use; out_lens: T -> T'.
     """
 
     def __init__(self, net, width, frame_ms, identity):
         super().__init__()
         self.net, self.width, self.frame_ms, self.sample_rate = net, width, frame_ms, 16000
         self.identity = {"weights": hash_tensors(net.state_dict()), "width": width, "frame_ms": frame_ms} | identity
+
+    def out_lens(self, lens):
+        return lens
 
 
 class KaldiEncoder(SpeechEncoder):
@@ -462,13 +465,16 @@ class WhisperEncoder(SpeechEncoder):
         log_mel = log_mel.clamp(min=log_mel.max() - 8.0)
         return ((log_mel + 4.0) / 4.0).T
 
+    def out_lens(self, lens):
+        return (lens + 1) // 2
+
     def forward(self, feats, lens):
         net = self.net
         keep = length_mask(lens, feats.shape[1])[:, None].to(feats.dtype)  # (B, 1, mel frames)
         x = feats.transpose(1, 2).masked_fill(keep == 0, 0.0)  # (B, M, mel frames)
         x = F.gelu(net.conv1(x)) * keep  # conv2 must see zeros past the end, as it does for a single clip
         x = F.gelu(net.conv2(x)).transpose(1, 2)  # (B, T, W)
-        lens = (lens + 1) // 2
+        lens = self.out_lens(lens)
         x = x + net.embed_positions.weight[: x.shape[1]]
         mask = length_mask(lens, x.shape[1])
         mask = None if bool(mask.all()) else mask[:, None, None].expand(-1, 1, x.shape[1], -1)
@@ -1392,8 +1398,11 @@ def read_jsonl(path):
 
 def funasr_row(row, where, number):
     """FunASR's chat format: the audio is `!path` between <|startofspeech|> and <|endofspeech|>; one turn a line."""
+    if not isinstance(row["messages"], list) or not all(
+            isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in row["messages"]):
+        raise ValueError(f"{where}: `messages` has to be a list of turns, each with role and content as text")
     roles = [turn.get("role") for turn in row["messages"]]
-    turns = {turn.get("role"): turn.get("content", "") for turn in row["messages"]}
+    turns = {turn.get("role"): turn["content"] for turn in row["messages"]}
     audio = re.findall(r"<\|startofspeech\|>!?(.*?)<\|endofspeech\|>", turns.get("user", ""))
     if roles.count("user") > 1 or roles.count("assistant") > 1 or len(audio) > 1:
         raise ValueError(f"{where}: `messages` has several turns or clips; a line is one clip and its answer: split it")
@@ -1453,14 +1462,15 @@ class ParakeetEncoder(SpeechEncoder):
         from transformers import ParakeetFeatureExtractor
 
         net = Net.from_pretrained(folder, dtype=torch.float32)
+        net.layerdrop = 0.0  # where it is fine-tuned, DDP waits for every layer
         frame_ms = 10.0 * net.config.subsampling_factor
         super().__init__(net, net.config.hidden_size, frame_ms, {"front_end": f"parakeet-mel{net.config.num_mel_bins}"})
         self.extractor = ParakeetFeatureExtractor.from_pretrained(folder)
 
     def num_frames(self, num_samples):
-        return int(self.subsampled(torch.tensor(num_samples // self.extractor.hop_length)))
+        return self.out_lens(num_samples // self.extractor.hop_length)
 
-    def subsampled(self, lens):
+    def out_lens(self, lens):
         """Mel frames -> encoder frames: each halving keeps ceil(n / 2), as a convolution 3 wide, padded by 1, does."""
         for _ in range(int(math.log2(self.net.config.subsampling_factor))):
             lens = (lens + 1) // 2
@@ -1474,7 +1484,7 @@ class ParakeetEncoder(SpeechEncoder):
 
     def forward(self, feats, lens):
         enc = self.net(feats, attention_mask=length_mask(lens, feats.shape[1])).last_hidden_state  # (B, T, W)
-        return enc, self.subsampled(lens)
+        return enc, self.out_lens(lens)
 
 
 class Steering(nn.Module):
@@ -1899,7 +1909,9 @@ def read_nano_weights(path):
     except Exception as error:  # torn file, or a pickle that would run code: weights_only refuses it
         raise ValueError(f"{path}: not a plain state dict of tensors ({type(error).__name__}); not loaded") from error
     for wrapper in ("state_dict", "model_state_dict", "model"):
-        weights = weights[wrapper] if isinstance(weights.get(wrapper), dict) else weights
+        weights = weights[wrapper] if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict) else weights
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise ValueError(f"{path}: not a plain state dict of tensors; not loaded")
     return weights
 
 
@@ -1983,25 +1995,34 @@ def ctc_tokenizer_of(nano, path):
     return tokenizer
 
 
-def load_nano(folder, llm_dtype=torch.float32, with_llm=True):
+def load_nano(folder, llm_dtype=torch.float32, with_llm=True, base=""):
     """Load a recogniser: the official folder, a merged one, or a run folder of finetune_encoder.py.
 
+    base    where the model.pt (or, for another encoder, the encoder) that a run started from lies now, if it was moved.
     Output  (nano, frontend, LLM tokenizer or None, CTC tokenizer or None), frozen, on the CPU.
     Raises  ValueError naming what is missing, or if the base of a run is not the one it was trained on.
     """
     folder, run = Path(folder), {}
     if (folder / "trained.pt").is_file():
         run = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        base, conf, with_llm = run["base"] and Path(run["base"]), run["conf"], with_llm and run["with_llm"]
+        conf, with_llm = run["conf"], with_llm and run["with_llm"]
+        if base and not run["base"]:
+            conf["audio_encoder"] = base
+        base = Path(base or run["base"]) if run["base"] else None
+        base = base / "model.pt" if base and base.is_dir() else base
     else:
-        base = find_model(folder)
-        conf = yaml.safe_load((base / "config.yaml").read_text(encoding="utf-8"))
+        base = find_model(folder) / "model.pt"
+        conf = yaml.safe_load((base.parent / "config.yaml").read_text(encoding="utf-8"))
     symbols = run.get("ctc_symbols")
-    nano, tokenizer = build_nano(conf, base, llm_dtype, with_llm, run.get("with_ctc", bool(conf.get("ctc_decoder"))),
+    if base and not base.is_file():
+        trained_on = f", but {folder} was trained on it; if it was moved, give its new place as encoder.name"
+        raise ValueError(f"{base}: not there" + (trained_on if run else ""))
+    with_ctc = run.get("with_ctc", bool(conf.get("ctc_decoder")))
+    nano, tokenizer = build_nano(conf, base and base.parent, llm_dtype, with_llm, with_ctc,
                                  len(symbols) if symbols else None)
     if base:
-        weights = read_nano_weights(base / "model.pt")
-        absent = load_nano_weights(nano, weights, f"{base}/model.pt", CTC_PREFIXES)
+        weights = read_nano_weights(base)
+        absent = load_nano_weights(nano, weights, base, CTC_PREFIXES)
         found = run and hash_tensors(weights)
         if absent and not run:
             nano.ctc_decoder, nano.ctc = None, None  # random: reading it out would be noise
@@ -2017,7 +2038,7 @@ def load_nano(folder, llm_dtype=torch.float32, with_llm=True):
     elif symbols:
         ctc_tokenizer = SymbolTokenizer(run["ctc_kind"], symbols)
     else:
-        ctc_tokenizer = ctc_tokenizer_of(nano, run.get("ctc_vocab") or base / "multilingual.tiktoken")
+        ctc_tokenizer = ctc_tokenizer_of(nano, run.get("ctc_vocab") or base.parent / "multilingual.tiktoken")
     if conf["audio_encoder"] != "SenseVoiceEncoderSmall":
         return freeze(nano), nano.audio_encoder, tokenizer, ctc_tokenizer
     front = conf["frontend_conf"]

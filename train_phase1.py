@@ -23,12 +23,14 @@ Logged  loss (weighted sum, nats), nce and ctc (nats per clip), r1_a2t / r1_t2a 
 
 import array
 import difflib
+import inspect
 import itertools
 import json
 import math
 import os
 import random
 import resource
+import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -342,32 +344,45 @@ def read_utterances(specs, cache, tokenizer, normalize, speeds=(1.0,), repeat=(1
 def open_utterances(cfg, cache, tokenizer):
     """read_utterances of data.train. Reading and tokenising millions of rows takes minutes, so it happens only once.
 
-    Of large manifests the result is kept in a folder beside the cache, whose name changes with the files, the tokenizer
-    and the settings. The next start maps it into memory, and all processes of a machine share that memory.
+    Of large manifest files the result is kept in a folder beside the cache, whose name changes with the files, the
+    settings, the tokenizer and the code. Later starts map it into memory, which all processes of a machine share.
     """
     settings = [cfg["data.normalize"], cfg["data.speed"], cfg["data.repeat"], cfg["data.perturb"]]
+    wanted = cfg["data.train"], cache, tokenizer, *settings
     paths = [Path(spec.strip()) for spec in cfg["data.train"].split(",") if spec.strip()]
     backend = getattr(tokenizer, "backend_tokenizer", None)  # None: a tokenizer in Python, which has no identity
     if backend is None or not all(map(Path.is_file, paths)) or sum(path.stat().st_size for path in paths) < LARGE:
-        return read_utterances(cfg["data.train"], cache, tokenizer, *settings)
+        return read_utterances(*wanted)
     made_of = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in [*paths, *cache.paths]]
-    made_of += [settings, model.hash_text(backend.to_str())]
-    home = cache.folder if os.access(cache.folder, os.W_OK) else Path(cfg["run.dir"])
-    folder = home / f"utterances-{model.hash_text(made_of)}"
-    whole = folder / "made_of.json"  # written last
+    code = Path(model.__file__).read_text(encoding="utf-8") + inspect.getsource(read_utterances)
+    made_of += [settings, *(model.hash_text(text) for text in (backend.to_str(), code, sys.version))]
+    folder = cache.folder / f"utterances-{model.hash_text(made_of)}"
     rank, world = rank_and_world()
-    if rank == 0:
-        print(f"{cfg['data.train']}: {'from' if whole.is_file() else 'read into'} {folder}", flush=True)
-    if rank == 0 and not whole.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, block in read_utterances(cfg["data.train"], cache, tokenizer, *settings).blocks().items():
-            write_atomic(folder / f"{name}.npy", lambda file, block=block: np.save(file, block))
-        write_atomic(whole, lambda file: file.write(json.dumps(made_of, indent=1).encode()))
+    utterances = None
+    if rank == 0 and not folder.is_dir():
+        utterances = read_utterances(*wanted)
+        keep_utterances(utterances, folder)
     if world > 1:
         dist.barrier()
-    if not whole.is_file():  # another machine's process, whose disk is its own
-        return read_utterances(cfg["data.train"], cache, tokenizer, *settings)
-    return model.Utterances.load(folder)
+    if folder.is_dir():
+        if rank == 0:
+            print(f"{cfg['data.train']}: {'kept in' if utterances else 'as kept in'} {folder}", flush=True)
+        return model.Utterances.load(folder)
+    return utterances or read_utterances(*wanted)  # a cache that others own, or another machine's disk
+
+
+def keep_utterances(utterances, folder):
+    """Write their blocks as .npy files. The folder appears whole or not at all; where it cannot, training goes on."""
+    half = folder.with_name(f".{folder.name}.{os.uname().nodename}-{os.getpid()}.tmp")
+    try:
+        half.mkdir()
+        for name, block in utterances.blocks().items():
+            write_atomic(half / f"{name}.npy", lambda file, block=block: np.save(file, block))
+        half.rename(folder)
+    except OSError as error:
+        shutil.rmtree(half, ignore_errors=True)
+        if not folder.is_dir():  # else another run was faster
+            print(f"{folder}: cannot be kept ({error}), so the next start reads the manifests again", flush=True)
 
 
 def cut_batches(order, lengths, size, budget, world):
@@ -377,7 +392,7 @@ def cut_batches(order, lengths, size, budget, world):
         length = lengths[index]
         if length > longest:  # max() takes longer, and an epoch may have millions of clips
             longest = length
-        if batch and (len(batch) >= most or longest * (len(batch) + 1) > room):
+        if len(batch) >= world and (len(batch) >= most or longest * (len(batch) + 1) > room):  # one each at least
             batches.append(batch)
             batch, longest = [], length
         batch.append(index)

@@ -574,7 +574,7 @@ def cut_batches(order, lengths, size, budget, world):
         length = lengths[index]
         if length > longest:  # max() takes longer, and an epoch may have millions of clips
             longest = length
-        if batch and (len(batch) >= most or longest * (len(batch) + 1) > room):
+        if len(batch) >= world and (len(batch) >= most or longest * (len(batch) + 1) > room):  # one each at least
             batches.append(batch)
             batch, longest = [], length
         batch.append(index)

@@ -298,6 +298,20 @@ def official_folder(path, with_ctc=True, seed=0, tiktoken=True):
     return path
 
 
+def parakeet_folder(path, seed=0):
+    """nvidia/parakeet-ctc-*: config.json with the encoder inside, model.safetensors, preprocessor_config.json."""
+    from transformers import ParakeetCTCConfig, ParakeetEncoderConfig, ParakeetFeatureExtractor, ParakeetForCTC
+
+    torch.manual_seed(seed)
+    encoder = ParakeetEncoderConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, intermediate_size=64,
+        subsampling_conv_channels=8, dropout=0.1, layerdrop=0.5)
+    net = ParakeetForCTC(ParakeetCTCConfig(vocab_size=20, encoder_config=encoder, pad_token_id=0))
+    randomise(net).save_pretrained(path)
+    ParakeetFeatureExtractor().save_pretrained(path)
+    return path
+
+
 if __name__ == "__main__":
     root = Path(sys.argv[1])
     for name, make in {"sensevoice": sensevoice_folder, "nano": nano_folder, "whisper": whisper_folder,

@@ -47,7 +47,7 @@ def function(script, name):
 
 @pytest.mark.parametrize("script, names", [
     ("train_steermoe", "cut_batches epoch_batches learning_rate trim_metrics log_metrics"),
-    ("finetune_encoder", "cut_batches write_bad trim_metrics log_metrics"),
+    ("finetune_encoder", "cut_batches all_bad write_bad trim_metrics log_metrics"),
 ])
 def test_these_functions_are_the_same_as_in_phase_2(script, names):
     """These scripts have other keys and other files than the two phases, so whole sections do not fit them."""

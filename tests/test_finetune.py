@@ -135,6 +135,19 @@ def test_a_wrong_configuration_is_refused(argument, message):
         ft.finish_config(config(CONFIGS[0], argument))
 
 
+def test_two_files_may_share_a_base_and_none_builds_on_itself(tmp_path):
+    (tmp_path / "base.yaml").write_text("seed: 5\n")
+    for name, key in (("a", "ctc_weight: 2"), ("b", "llm_weight: 3")):
+        (tmp_path / f"{name}.yaml").write_text(f"base: base.yaml\n{key}\n")
+    cfg = config(tmp_path / "a.yaml", tmp_path / "b.yaml")
+    assert (cfg["seed"], cfg["ctc_weight"], cfg["llm_weight"]) == (5, 2.0, 3.0)
+    (tmp_path / "base.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(ValueError, match="builds on itself"):
+        config(tmp_path / "a.yaml")
+    with pytest.raises(ValueError, match="--compare needs YAML files"):
+        ft.command_line(["--compare"])
+
+
 def test_an_absent_base_is_named(tmp_path):
     (tmp_path / "a.yaml").write_text("base: nowhere.yaml\n")
     with pytest.raises(ValueError, match="a.yaml: base: nowhere.yaml: no such file beside it"):
@@ -248,6 +261,16 @@ def test_every_clip_is_in_one_batch_and_no_batch_is_empty_or_too_large(cfg):
     assert batches == ft.epoch_batches(rows, 0, cfg, 1, epoch=3)
     shares = [len(batch) for batch in ft.epoch_batches(rows, 0, cfg, 4, epoch=0)]
     assert min(shares) >= 4
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_every_process_has_a_clip_of_every_batch_even_where_each_clip_alone_is_over_the_budget(cfg, world_size):
+    cfg = cfg | {"dataset_conf.batch_size": 1000, "dataset_conf.batch_size_sample_max": 5, "dataset_conf.sort_size": 16}
+    rows = utterances([5000 + n for n in range(41)] + [100] * 30)
+    batches = ft.epoch_batches(rows, 0, cfg, world_size, epoch=1)
+    assert sorted(i for batch in batches for i in batch) == list(range(71))
+    assert min(map(len, batches)) >= world_size
+    assert all(len(batch) < 2 * world_size for batch in batches if rows[batch[0]]["frames"] > 1000)
 
 
 def test_batch_type_example_counts_clips(cfg):
@@ -369,7 +392,7 @@ def test_frozen_parts_stay_in_eval_and_without_gradient(prepared):
     nano = tuner.nano
     assert nano.audio_encoder.training and not nano.llm.training and not nano.audio_adaptor.training
     assert not tuner.original.training
-    names = {name.split(".")[0] for name in ft.trained_state(nano)}
+    names = {name.split(".")[0] for name in ft.trained_state(parts)}
     assert names == {"audio_encoder", "ctc_decoder", "ctc"}
 
 
@@ -475,6 +498,39 @@ def test_resume_is_bitwise_exact(world, tmp_path, monkeypatch, extra):
         model.read_weights(tmp_path / "cut" / "trained.pt"))
 
 
+def test_a_run_goes_on_with_other_batches_other_rates_and_a_checkpoint_that_is_gone(world, tmp_path, monkeypatch):
+    arguments = [*world["stage1"], "train_conf.max_epoch=2", "data_mix=0", f"output_dir={tmp_path / 'r'}",
+                 "train_conf.save_checkpoint_interval=1", "train_conf.validate_interval=1"]
+    real = ft.train_step
+
+    def killed(*args):
+        killed.steps += 1
+        if killed.steps == 5:
+            raise Killed
+        return real(*args)
+
+    killed.steps = 0
+    monkeypatch.setattr(ft, "train_step", killed)
+    with pytest.raises(Killed):
+        call(*arguments, "dataset_conf.batch_size_sample_max=2", "optim_conf.weight_decay=0.5")
+    last = torch.load(tmp_path / "r" / "last.pt", weights_only=True)
+    assert last["step"] == 4 and last["used"] == 4  # of 5 batches of 2 clips
+    number = last["kept"][-1][1]
+    (tmp_path / "r" / f"step-{number:06d}.pt").unlink()  # pushed out by a validation after last.pt
+    decays = []
+
+    def watched(wrapped, optimizer, *args):
+        decays.append(max(group["weight_decay"] for group in optimizer.param_groups))
+        return real(wrapped, optimizer, *args)
+
+    monkeypatch.setattr(ft, "train_step", watched)
+    call(*arguments, "dataset_conf.batch_size_sample_max=10", "optim_conf.weight_decay=0.25")  # now one batch an epoch
+    assert decays == [0.25]
+    assert json.loads((tmp_path / "r" / "results.json").read_text())["steps"] == 5
+    with pytest.raises(ValueError, match="scored other validation clips than there are now"):
+        call(*arguments, "clean_valid_data_set_list=")
+
+
 def test_early_stopping(world, tmp_path):
     call(*world["stage1"], f"output_dir={tmp_path / 'r'}", "train_conf.validate_interval=1", "train_conf.max_epoch=30",
          "train_conf.early_stopping_patience=2", "optim_conf.lr=1e-9")
@@ -558,6 +614,62 @@ def test_whisper_encoder_with_a_head_of_its_own_and_a_second_run_from_the_first(
     before = json.loads((tmp_path / "top" / "results.json").read_text())["before"]
     after = json.loads((tmp_path / "head" / "results.json").read_text())["after"]
     assert before["telephone_ctc_er"] == pytest.approx(after["telephone_ctc_er"])
+    call(*common, "ctc_decoder_conf.freeze=true", "train_conf.max_steps=1", f"init_run={tmp_path / 'head'}",
+         f"output_dir={tmp_path / 'body'}")  # the head came from the first run: it has to be kept, though it is frozen
+    head, kept = (model.read_weights(tmp_path / name / "trained.pt") for name in ("head", "body"))
+    assert head and all(torch.equal(value, kept[name]) for name, value in head.items())
+    with pytest.raises(ValueError, match="was trained on another base"):
+        other = make_twins.whisper_folder(tmp_path / "other", seed=1)
+        call(*common, f"audio_encoder={other}", f"init_run={tmp_path / 'head'}", f"output_dir={tmp_path / 'x'}")
+
+
+def test_what_init_run_brought_is_part_of_the_run_even_where_it_is_frozen(world, tmp_path, finished):
+    call(*world["stage1"], "audio_encoder_conf.freeze=true", "ctc_decoder_conf.freeze=false", "train_conf.max_steps=1",
+         f"init_run={finished}", f"output_dir={tmp_path / 'r'}")
+    first, second = (model.load_nano(folder)[0].state_dict() for folder in (finished, tmp_path / "r"))
+    assert all(torch.equal(first[name], second[name]) for name in first if name.startswith("audio_encoder."))
+    assert any(not torch.equal(first[name], second[name]) for name in first if name.startswith("ctc"))
+
+
+def test_the_file_that_init_param_names_is_the_one_that_is_read(world, official_folder, tmp_path):
+    folder = Path(shutil.copytree(official_folder, tmp_path / "nano"))
+    weights = {name: value.clone() for name, value in model.read_nano_weights(folder / "model.pt").items()}
+    weights["audio_encoder.after_norm.bias"] += 1.0
+    torch.save(weights, folder / "model.pt.best")
+    call(*world["stage1"], f"init_param={folder}/model.pt.best", "train_conf.max_steps=1",
+         f"output_dir={tmp_path / 'r'}", "audio_encoder_conf.freeze=true", "ctc_decoder_conf.freeze=false")
+    shutil.move(folder, tmp_path / "moved")
+    with pytest.raises(ValueError, match="model.pt.best: not there, but .* if it was moved, give .* as encoder.name"):
+        model.load_nano(tmp_path / "r")
+    nano, *_ = model.load_nano(tmp_path / "r", base=tmp_path / "moved" / "model.pt.best")
+    assert torch.equal(nano.audio_encoder.after_norm.bias, weights["audio_encoder.after_norm.bias"])
+    with pytest.raises(ValueError, match="is not what .* was trained on"):
+        model.load_nano(tmp_path / "r", base=tmp_path / "moved")  # the folder's model.pt is another one
+    assert infer_on(tmp_path / "r", f"encoder.name={tmp_path / 'moved' / 'model.pt.best'}", "decode.readout=ctc",
+                    world["folder"] / "wide" / "utt001.wav")["results"][0]["text"] is not None
+
+
+@pytest.mark.parametrize("kind", ["whisper", "parakeet", "sensevoice"])
+def test_distillation_counts_encoder_frames_whatever_the_encoder(world, tmp_path, request, kind):
+    name = request.getfixturevalue(f"{kind}_folder")
+    cfg = ft.finish_config(config(
+        CONFIGS[0], f"audio_encoder={name}", "init_param=", "llm=none", "llm_weight=0", "ctc_decoder=none",
+        "ctc_decoder_conf.freeze=false", "dataset_conf.ctc_tokenizer=char", "frontend_conf.fs=16000", *world["lists"],
+        "train_data_set_list=", f"telephone_conf.data_set_list={world['wide']}", "dataset_conf.num_workers=0",
+        "distill_weight=1", f"output_dir={tmp_path / 'r'}"))
+    found, parts, data = ft.checklist(cfg, torch.device("cpu"))
+    assert all(ok for ok, _, _ in found), found
+    batch = next(ft.batches_of(data["train"], [[0, 3, 5]], parts, cfg, 0, []))
+    _, lens = parts["nano"].encode(batch["feats"], batch["lens"])
+    assert ft.count_labels(batch, cfg)[2] == int(lens.sum())
+    frame_s = 0.06 if kind == "sensevoice" else 0.01
+    assert any(f"frames ({50 * frame_s:.2f} s)" in line for _, title, lines in found for line in lines)
+    sums = ft.Finetune(parts, cfg).train()(batch)
+    (sums["ctc"] + sums["distill"]).backward()
+    assert all(p.grad is not None for p in parts["nano"].parameters() if p.requires_grad)
+    assert ft.make_optimizer(parts["nano"], cfg, torch.device("cpu")).param_groups
+    for module in parts["nano"].modules():
+        assert not (isinstance(module, torch.nn.BatchNorm1d) and module.training)
 
 
 # ---- merge --------------------------------------------------------------------------------------------------------
@@ -653,6 +765,13 @@ def refused(world, tmp_path, *extra):
     (["output_dir=/proc/nowhere"], "No such file or directory|Permission denied|cannot"),
     (["train_conf.keep_nbest_models=100000000"], "GiB free, .* GiB needed"),
     (["audio_encoder_conf.freeze_layer_num=5"], "the encoder has 5 blocks"),
+    (["distill_weight=1", "data_mix=0"], "distill_weight needs clean speech to compare with"),
+    (["llm_weight=0", "ctc_weight=0", "distill_weight=1", "clean_valid_data_set_list="], "nothing to score"),
+    (["train_conf.validate_interval=0"], "train_conf.validate_interval: has to be at least 1, got 0"),
+    (["dataset_conf.batch_size=0"], "dataset_conf.batch_size: has to be at least 1"),
+    (["telephone_conf.snr_db=[10]"], "telephone_conf.snr_db: expected .lowest, highest., got .10"),
+    (["telephone_conf.packet_loss_rate=[0.1,1.0]"], "packet_loss_rate: expected .lowest, highest. from 0 up to"),
+    (["llm=Qwen3-4B"], "llm: expected Qwen3-0.6b .* or none, got 'Qwen3-4B'"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused_before_training(world, tmp_path, extra, message):
     assert re.search(message, refused(world, tmp_path, *extra))
@@ -693,12 +812,27 @@ def test_speech_length_in_another_unit_is_named(world, tmp_path, factor, unit):
      "several turns or clips"),
     ([("user", "语音转写："), ("assistant", "a")], "needs a turn with"),
     ([("user", "<|startofspeech|>!<|endofspeech|>"), ("assistant", "a")], "needs a turn with"),
+    ([("user", ["<|startofspeech|>!a.wav<|endofspeech|>"]), ("assistant", "a")], "each with role and content as text"),
 ])  # fmt: skip
 def test_chat_rows_with_several_turns_or_no_audio_are_refused(world, tmp_path, messages, message):
     row = {"messages": [{"role": role, "content": content} for role, content in messages]}
     (tmp_path / "c.jsonl").write_text(json.dumps(row) + "\n")
     said = refused(world, tmp_path, f"train_data_set_list={tmp_path / 'c.jsonl'}")
     assert "c.jsonl:1" in said and message in said
+
+
+@pytest.mark.parametrize("length", ["166", True, [5]])
+def test_a_speech_length_that_is_no_number_is_named(world, tmp_path, length):
+    row = json.loads(world["calls"].read_text(encoding="utf-8").splitlines()[0]) | {"speech_length": length}
+    (tmp_path / "u.jsonl").write_text(json.dumps(row) + "\n")
+    said = refused(world, tmp_path, f"train_data_set_list={tmp_path / 'u.jsonl'}")
+    assert "u.jsonl:1: speech_length" in said and "is not a number of 10 ms frames" in said
+
+
+def test_a_model_pt_that_holds_no_state_dict_is_refused(world, official_folder, tmp_path):
+    folder = Path(shutil.copytree(official_folder, tmp_path / "nano"))
+    torch.save([torch.zeros(1)], folder / "model.pt")
+    assert "model.pt: not a plain state dict of tensors" in refused(world, tmp_path, f"init_param={folder}")
 
 
 def test_a_missing_or_foreign_tiktoken_file_is_refused(world, official_folder, tmp_path):
@@ -709,6 +843,52 @@ def test_a_missing_or_foreign_tiktoken_file_is_refused(world, official_folder, t
     (folder / "multilingual.tiktoken").unlink()
     assert "multilingual.tiktoken: no such file; it comes with the model's folder" in refused(
         world, tmp_path, f"init_param={folder}")
+
+
+def test_a_gradient_that_is_not_finite_names_the_clips_and_changes_nothing(world, tmp_path, monkeypatch):
+    real = model.transcript_loss
+
+    def overflow(*args):
+        loss, *rest = real(*args)
+        return loss * float("inf"), *rest
+
+    monkeypatch.setattr(model, "transcript_loss", overflow)
+    with pytest.raises(ValueError, match="gradient is not finite, clips .*utt0.*: nothing was changed by this step"):
+        call(*world["stage1"], f"output_dir={tmp_path / 'r'}", "train_conf.max_steps=1")
+
+
+def test_a_validation_clip_that_cannot_be_read_is_not_scored(world, tmp_path):
+    good = (world["folder"] / "narrow" / "utt001.wav").read_bytes()
+    (tmp_path / "torn.wav").write_bytes(good[: len(good) // 2])
+    lines = [json.dumps({"key": "torn", "source": "torn.wav", "target": "a long text that nobody hears"})]
+    for row in model.read_manifest(world["narrow"]):
+        lines.append(json.dumps({k: row[k] for k in ("key", "source", "target")}))
+    (tmp_path / "dev.jsonl").write_text("\n".join(lines))
+    scores = {}
+    for name, manifest in (("whole", world["narrow"]), ("torn", tmp_path / "dev.jsonl")):
+        call(*world["stage1"], f"valid_data_set_list={manifest}", "train_conf.max_steps=1",
+             "clean_valid_data_set_list=", f"output_dir={tmp_path / name}")
+        scores[name] = json.loads((tmp_path / name / "results.json").read_text())["before"]
+    assert scores["whole"] == scores["torn"]
+    assert "torn" in (tmp_path / "torn" / "bad.jsonl").read_text()
+
+
+def test_the_llm_reads_validation_clips_of_every_length(prepared, monkeypatch):
+    cfg, parts, data, _ = prepared
+    real, read = ft.read_llm, []
+    monkeypatch.setattr(ft, "read_llm", lambda tuner, enc, lens, utterances: read.extend(
+        u["frames"] for u in utterances) or real(tuner, enc, lens, utterances))
+    tuner = ft.Finetune(parts, cfg)
+    lengths = sorted(u["frames"] for u in data["valid"]["telephone"])
+    scores, texts = ft.evaluate(tuner, {"telephone": data["valid"]["telephone"]}, parts, cfg, torch.device("cpu"),
+                                torch.float32, 3)
+    assert read == [lengths[1], lengths[5], lengths[8]] and read[0] < read[2]
+    rows = {row[0]: row for row in texts["telephone"]}
+    assert sum(row[2] is not None for row in rows.values()) == 3 and len(rows) == len(lengths) == 10
+    assert "telephone_llm_er" in scores
+    read.clear()
+    ft.evaluate(tuner, {"telephone": data["valid"]["telephone"]}, parts, cfg, torch.device("cpu"), torch.float32, 99)
+    assert len(read) == 10
 
 
 def test_bad_audio_is_named_and_limited_by_retry(world, tmp_path):

@@ -255,15 +255,40 @@ def test_a_large_manifest_is_read_once(world, tmp_path, monkeypatch, capsys, scr
         assert train.num_ids.tolist() == plain.num_ids.tolist()
         assert train.token_counts().tolist() == plain.token_counts().tolist()
     folder, = cache.glob("utterances-*")
-    assert "from " + str(folder) in capsys.readouterr().out
-    (folder / "made_of.json").unlink()  # killed before it was whole
-    assert list(start(1)) == list(plain)
+    assert f"as kept in {folder}" in capsys.readouterr().out and not list(cache.glob(".*"))
     assert len(start(1, **{"data.repeat": [1]})) == 12
     rows[0]["target"] = "another text"
     manifest.write_text("\n".join(map(json.dumps, rows)))
     assert start(1)[0]["target"] == "another text" and len(list(cache.glob("utterances-*"))) == 3
-    monkeypatch.setattr(script.os, "access", lambda path, mode: False)  # a cache that others own
-    assert len(start(1)) == 24 and len(list((tmp_path / "run").glob("utterances-*"))) == 1
+    tokenizer.add_tokens(["another text"])
+    start(1)
+    monkeypatch.setattr(script.model, "__file__", script.__file__)  # other code
+    start(1)
+    assert len(list(cache.glob("utterances-*"))) == 5
+    whole = tmp_path / "whole"
+    shutil.copytree(folder, whole)
+    blocks = model.Utterances.blocks
+
+    def another_run_is_faster(utterances):
+        half, = cache.glob(".utterances-*")
+        shutil.copytree(whole, cache / half.name[1:].split(".")[0])
+        return blocks(utterances)
+
+    for path in cache.glob("utterances-*"):
+        shutil.rmtree(path)
+    monkeypatch.setattr(model.Utterances, "blocks", another_run_is_faster)
+    assert list(start(1)) == list(plain) and not list(cache.glob(".*"))
+    monkeypatch.setattr(model.Utterances, "blocks", blocks)
+
+    def forbidden(path, *args, **kwargs):
+        raise PermissionError("not yours")
+
+    for path in cache.glob("utterances-*"):
+        shutil.rmtree(path)
+    monkeypatch.setattr(script.Path, "mkdir", forbidden)
+    capsys.readouterr()
+    assert start(1)[0]["target"] == "another text" and not list(cache.glob("*utterances-*"))
+    assert "cannot be kept (not yours), so the next start reads the manifests again" in capsys.readouterr().out
 
 
 def test_augmentation_leaves_the_padding_and_the_cache_alone(world):

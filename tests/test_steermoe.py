@@ -44,22 +44,6 @@ def lines(path):
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.fixture(scope="session")
-def parakeet_folder(tmp_path_factory):
-    """nvidia/parakeet-ctc-*: config.json with the encoder inside, model.safetensors, preprocessor_config.json."""
-    from transformers import ParakeetCTCConfig, ParakeetEncoderConfig, ParakeetFeatureExtractor, ParakeetForCTC
-
-    folder = tmp_path_factory.mktemp("parakeet")
-    torch.manual_seed(0)
-    encoder = ParakeetEncoderConfig(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, intermediate_size=64,
-        subsampling_conv_channels=8, dropout=0.1, layerdrop=0.5)
-    net = ParakeetForCTC(ParakeetCTCConfig(vocab_size=20, encoder_config=encoder, pad_token_id=0))
-    make_twins.randomise(net).save_pretrained(folder)
-    ParakeetFeatureExtractor().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(params=["whisper", "parakeet", "sensevoice"])
 def encoder(request, whisper_folder, parakeet_folder, sensevoice_folder):
     folder = {"whisper": whisper_folder, "parakeet": parakeet_folder, "sensevoice": sensevoice_folder}[request.param]
