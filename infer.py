@@ -539,6 +539,13 @@ def listen(listener, feats, lens):
     return enc, enc_lens, *speech, *(nano.ctc_log_probs(enc, enc_lens) if nano.ctc is not None else (None, enc_lens))
 
 
+def known_prefix(listener, ids):
+    """Keys and values of what stands before the audio: mostly the same for all clips, so they are computed once."""
+    if getattr(listener, "prefix", (None,))[0] != ids:
+        listener.prefix = ids, model.read_prefix(listener.llm, ids)
+    return listener.prefix[1]
+
+
 @torch.no_grad()
 def transcribe(batch, rows, listener, cfg):
     """One batch of read_batches -> a segment each: start, end, text, times, words, and the CTC read-outs."""
@@ -559,7 +566,9 @@ def transcribe(batch, rows, listener, cfg):
         if cfg["decode.readout"] == "llm":
             prompts = [make_prompt(rows[piece[0]], draft if listener.draft else None, listener, cfg)
                        for piece, draft in zip(batch, drafts)]
-            spliced = model.splice(listener.llm.get_input_embeddings(), prompts, speech, speech_lens, pad_left=True)
+            shared = model.shared_prefix(prompts)
+            spliced = model.splice(listener.llm.get_input_embeddings(), prompts, speech, speech_lens, pad_left=True,
+                                   shared=shared)
             caps = [cfg["decode.max_new_tokens"] or model.token_cap(end - start, count)
                     for (*_, start, end), count in zip(batch, counts)]
             guesses = None
@@ -567,7 +576,7 @@ def transcribe(batch, rows, listener, cfg):
                 guesses = [model.text_to_ids(tokenizer, draft) for draft in drafts]
             answers, _ = model.greedy_decode(
                 listener.llm, spliced, listener.stop_id, caps, cfg["decode.repetition_penalty"],
-                cfg["decode.no_repeat_ngram_size"], guesses)
+                cfg["decode.no_repeat_ngram_size"], guesses, known_prefix(listener, prompts[0][0][:shared]))
             if cfg["decode.ctc_weight"] > 0 and ctc is not None:
                 clips = zip(answers, log_probs, emb_lens, prompts, speech, speech_lens)
                 answers = [choose(answer, scores[:length], prompt, heard[:positions], listener, cfg)

@@ -11,6 +11,7 @@ V vocabulary. `x (B, T, W)` travels with `lens (B,)`; a bool mask is True where 
 """
 
 import array
+import copy
 import functools
 import hashlib
 import json
@@ -986,7 +987,7 @@ def text_to_ids(tokenizer, text):
     return [encoding.ids for encoding in backend.encode_batch_fast(text, add_special_tokens=False)]
 
 
-def splice(embed, prompts, emb, emb_lens, targets=None, pad_left=False):
+def splice(embed, prompts, emb, emb_lens, targets=None, pad_left=False, shared=0):
     """Put each example's audio between the two halves of its prompt, and the answer behind.
 
         inputs  [before | audio | after | target       | pad]
@@ -994,6 +995,7 @@ def splice(embed, prompts, emb, emb_lens, targets=None, pad_left=False):
 
     Input   embed: the LLM's input embedding module; prompts: list of (before, after) id lists; emb (B, S, D) with
             emb_lens (B,); targets: list of id lists that end with the end-of-turn token, or None to generate.
+            pad_left: the padding stands behind the first `shared` positions, for greedy_decode.
     Output  dict inputs_embeds (B, L, D), attention_mask (B, L), position_ids (B, L), labels (B, L) int64.
     """
     device = emb.device
@@ -1011,12 +1013,14 @@ def splice(embed, prompts, emb, emb_lens, targets=None, pad_left=False):
         rows.append(torch.cat([words[:cut], audio[:length].to(words.dtype), words[cut:]]))  # (L_i, D)
         labels.append(torch.tensor([IGNORE] * (cut + length + len(after)) + list(target), device=device))
     side = "left" if pad_left else "right"
-    lens = torch.tensor([len(row) for row in rows], device=device)
-    labels = pad_sequence(labels, True, IGNORE, padding_side=side)
-    mask = length_mask(lens, labels.shape[1])
-    mask = mask.flip(1) if pad_left else mask
+
+    def padded(parts, value):
+        rest = pad_sequence([part[shared:] for part in parts], True, value, padding_side=side)
+        return torch.cat([torch.stack([part[:shared] for part in parts]), rest], dim=1)
+
+    labels, mask = padded(labels, IGNORE), padded([torch.ones(len(row), device=device) for row in rows], 0).bool()
     return {
-        "inputs_embeds": pad_sequence(rows, True, 0.0, padding_side=side),
+        "inputs_embeds": padded(rows, 0.0),
         "attention_mask": mask.long(),
         "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0),
         "labels": labels,
@@ -1069,7 +1073,19 @@ def transcript_loss(llm, spliced, shared=0, label_smoothing=0.0):
 
 
 @torch.no_grad()
-def greedy_decode(llm, spliced, stop_id, max_new_tokens, repetition_penalty=1.0, no_repeat_ngram_size=0, drafts=None):
+def read_prefix(llm, ids):
+    """Keys and values of the token ids with which many prompts begin, for greedy_decode: computed once, one row."""
+    from transformers.cache_utils import DynamicCache
+
+    cache = DynamicCache(config=llm.config)
+    if ids:
+        llm.model(input_ids=torch.tensor([ids], device=llm.device), past_key_values=cache, use_cache=True)
+    return cache
+
+
+@torch.no_grad()
+def greedy_decode(llm, spliced, stop_id, max_new_tokens, repetition_penalty=1.0, no_repeat_ngram_size=0, drafts=None,
+                  prefix=None):
     """Greedy decoding from spliced embeddings (left-padded), finished rows dropped on the way.
 
     Input   max_new_tokens: list with one cap per row (from the clip's duration). A row that repeats itself
@@ -1077,10 +1093,10 @@ def greedy_decode(llm, spliced, stop_id, max_new_tokens, repetition_penalty=1.0,
             drafts: a guess at each answer, list of id lists, for speculative decoding: the LLM reads the guess in the
             same pass as the prompt and keeps it up to the first token that it would not have written itself. The
             answers are those without drafts, in fewer passes. Ignored where repetition is penalised.
+            prefix: from read_prefix, of the first `shared` positions that `splice` has put before the padding.
     Output  (list of id lists without the stop token, list of sums of log-probabilities).
     """
     from transformers import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
-    from transformers.cache_utils import DynamicCache
 
     processors = [RepetitionPenaltyLogitsProcessor(repetition_penalty)] if repetition_penalty != 1.0 else []
     if no_repeat_ngram_size:
@@ -1088,8 +1104,12 @@ def greedy_decode(llm, spliced, stop_id, max_new_tokens, repetition_penalty=1.0,
     device, rows = spliced["inputs_embeds"].device, len(max_new_tokens)
     answers, scores, alive = [[] for _ in range(rows)], [0.0] * rows, list(range(rows))
     guesses = [[] for _ in range(rows)] if drafts is None or processors else [list(draft) for draft in drafts]
-    cache, mask, position = DynamicCache(config=llm.config), spliced["attention_mask"], spliced["position_ids"]
-    step_input = {"inputs_embeds": spliced["inputs_embeds"]}
+    cache = copy.deepcopy(prefix) if prefix is not None else read_prefix(llm, [])
+    shared = cache.get_seq_length()
+    if shared:
+        cache.batch_repeat_interleave(rows)
+    mask, position = spliced["attention_mask"], spliced["position_ids"][:, shared:]
+    step_input = {"inputs_embeds": spliced["inputs_embeds"][:, shared:]}
     while True:
         width = max(len(guesses[row]) for row in alive)
         if width:

@@ -490,8 +490,11 @@ def test_translation_is_the_llms_own_without_lora(world, outcome, monkeypatch):
         switched.append({part.disable_adapters for part in llm.modules() if isinstance(part, BaseTunerLayer)})
         return real(llm, *rest)
 
+    prefixes, read = [], model.read_prefix
     monkeypatch.setattr(model, "greedy_decode", greedy_decode)
+    monkeypatch.setattr(model, "read_prefix", lambda llm, ids: prefixes.append(list(ids)) or read(llm, ids))
     got = call(infer, world.dir, world.manifest, "translate=English")
+    assert len([ids for ids in prefixes if ids]) == 1  # what stands before the audio, once for all
     assert switched == [{False}, {True}]  # one batch transcribed with LoRA, one translated without
     assert texts(got) == texts(outcome)
     llm, tokenizer = model.load_llm(world.llm)

@@ -434,6 +434,27 @@ def test_scores_are_log_probabilities_of_the_answer(llm, tokenizer, no_loop_cut)
     assert score == pytest.approx(expected.item(), abs=1e-3)
 
 
+@pytest.mark.parametrize("hotwords", [[(), (), ()], [("Ann",), (), ("Bo", "Cy")]], ids=["one prompt", "three prompts"])
+@pytest.mark.parametrize("drafted", [False, True])
+def test_a_prompts_beginning_that_is_read_once_changes_no_answer(llm, tokenizer, no_loop_cut, hotwords, drafted):
+    prompts = [model.build_prompt(tokenizer, PROMPT, draft, hotwords=words)
+               for draft, words in zip(("one", None, "press two or three"), hotwords)]
+    shared = model.shared_prefix(prompts)
+    assert shared > 2 and (shared == len(prompts[1][0])) == (hotwords == [(), (), ()])
+    speech, lens = torch.randn(3, 7, 48, generator=torch.Generator().manual_seed(4)) * 0.2, torch.tensor([7, 2, 5])
+    embed = llm.get_input_embeddings()
+    plain = model.splice(embed, prompts, speech, lens, pad_left=True)
+    spliced = model.splice(embed, prompts, speech, lens, pad_left=True, shared=shared)
+    assert spliced["attention_mask"][:, :shared].all() and not plain["attention_mask"][:, :shared].all()
+    prefix = model.read_prefix(llm, prompts[0][0][:shared])
+    expected, scores = model.greedy_decode(llm, plain, NO_STOP, [STEPS] * 3)
+    drafts = [answer[: 2 + n] + [7] for n, answer in enumerate(expected)] if drafted else None
+    for _ in range(2):  # the prefix is not used up
+        answers, found = model.greedy_decode(llm, spliced, NO_STOP, [STEPS] * 3, drafts=drafts, prefix=prefix)
+        assert answers == expected and found == pytest.approx(scores, abs=1e-3)
+    assert len({tuple(answer) for answer in answers}) > 1
+
+
 def test_decoding_does_not_change_its_input(llm, tokenizer):
     spliced = example_batch(llm, tokenizer, pad_left=True, targets=False)
     before = {k: v.clone() for k, v in spliced.items()}
