@@ -1117,12 +1117,12 @@ def greedy_decode(llm, spliced, stop_id, max_new_tokens, repetition_penalty=1.0,
         hidden = llm.model(**step_input, attention_mask=mask, position_ids=position, past_key_values=cache,
                            use_cache=True).last_hidden_state
         ranked = llm.lm_head(hidden[:, -1 - width :]).float()  # (alive, 1 + width, V); processors work on logits
-        log_probs = ranked.log_softmax(-1)
+        scored = ranked
         for processor in processors:
             said = torch.tensor([answers[i] for i in alive], dtype=torch.long, device=device)
             ranked = processor(said, ranked[:, 0])[:, None]
         chosen = ranked.argmax(-1)  # (alive, 1 + width): what follows the known text, and each guessed token
-        gained = log_probs.gather(2, chosen[..., None])[..., 0].tolist()
+        gained = (scored.gather(2, chosen[..., None])[..., 0] - scored.logsumexp(-1)).tolist()  # log-probabilities
         going, agreed = [], []
         for slot, (row, tokens) in enumerate(zip(alive, chosen.tolist())):
             guess, right = guesses[row], 0
