@@ -45,7 +45,7 @@ HELD_OUT = 100  # synthetic clips that no row trains on
 AUGMENT = ["specaug=SpecAugLFR", "specaug_conf.time_mask_width_range=0,20", "specaug_conf.freq_mask_width_range=0,15",
            "telephone_conf.prob=0.5", "telephone_conf.packet_loss_prob=0.3", "dataset_conf.speed_perturb=0.9,1.0,1.1"]
 ROWS = {"head": "head only, encoder frozen", "top": "+ top layers", "augmented": "+ SpecAug, telephone line, speed"}
-SETS = {"test": "held-out texts", "synthetic": "synthetic voice", "other": "other speakers"}
+SETS = {"test": "held-out texts", "synthetic": "synthetic voice", "other": "other speakers, clean"}
 
 
 def run_stage(name, script, arguments, done):
