@@ -6,29 +6,37 @@
     python bench.py --stages encoder,infer_batch1
     python bench.py --scale --out scale.json    # how cost grows with clip length, batch and corpus; also scale.png
 
-Output  a table, and bench.json: machine, versions and `rows`, each with stage, baseline_s, ours_s (medians), their
-        spreads (longest - shortest), ratio, equal, peak_mb and baseline_peak_mb (of the process; on CUDA of torch's
-        allocator), audio_s, audio_s_per_s, usual (what the baseline is); encoder also transformers_s; on CUDA tflops
-        and mfu against a matmul measured here, and minutes_aishell for the two phases.
+Output  a table, and bench.json, written after every row: machine, environment, matmul_tflops (what a bare matmul
+        reaches here) and `rows`, each with stage, baseline_s, ours_s (medians), their spreads (longest - shortest),
+        ratio, equal, peak_mb and baseline_peak_mb (of the whole process, in an untimed first run of each way; on CUDA
+        of torch's allocator), audio_s, audio_s_per_s, usual (what the baseline is); all but fbank tflops and mfu: what
+        ours reaches, padding included, and its share of matmul_tflops; encoder also transformers_s; on CUDA
+        minutes_aishell for the two phases, of their training steps alone (no validation).
+        --scale: `scale`, rows of points (size, seconds, MiB), time's exponent, its bound (BOUNDS), whether it holds.
 Fair    Baseline and ours run in turns in one process with the same number of threads, after one untimed run each. Both
         begin at the same audio files (steps of phase 1 and 2: at cached encoder outputs) and end at the same
-        thing. `equal` compares what they return: features, encoder outputs, loss and gradients of one common batch,
-        texts. Dropout is off, and the learning rate of the steps is 0 (AdamW does all its work and moves nothing), so
-        that every repeat sees the same weights.
+        thing. `equal` compares what they return: features, encoder outputs, texts; of training steps the loss of one
+        common batch and each parameter's gradient, before clipping. Dropout is off, and the learning rate of the steps
+        is 0 (AdamW does all its work and moves nothing), so that every repeat sees the same weights.
 Usual   one clip at a time, Whisper padded to 30 s (with a mask, or the outputs could not be compared), a forward hook,
         one .pt file a clip; random batches padded to their longest clip; fp32; the LLM's weights left trainable, logits
         at all positions; transformers' `generate` on one clip at a time.
-Limits  --size full has no trained CTC head, so it decodes without CTC's drafts. The CUDA path has never been run.
+Limits  --size full has no trained CTC head, so it decodes without CTC's drafts; and since random weights hardly ever
+        end an answer, both ways end it after as many tokens as the transcript has. On CUDA both ways of phase2_step
+        have the baseline's fp32 copy of the LLM in memory. The CUDA path has never been run.
 """
 
 import argparse
 import copy
+import ctypes
+import gc
 import json
+import math
 import multiprocessing
+import os
 import platform
 import random
 import re
-import resource
 import shutil
 import statistics
 import sys
@@ -37,6 +45,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import soundfile
@@ -46,24 +55,26 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
+import finetune_encoder
 import infer
 import model
 import precompute
 import train_phase1
 import train_phase2
 
-# clips: that are heard, or trained on; batch: clips per training step; encoder, adaptor, llm: shapes of random weights
+# clips: that are heard, or trained on; batch: clips per training step; batch_s: of precompute; encoder, adaptor, llm:
+# shapes of random weights
 SIZES = {
     "tiny": {
-        "clips": 6, "batch": 3, "encoder_batch": (2, 1.0), "workers": 0,
+        "clips": 6, "batch": 3, "batch_s": 120.0, "encoder_batch": (2, 1.0), "workers": 0,
         "encoder": {"output_size": 32, "attention_heads": 4, "linear_units": 64, "num_blocks": 3, "tp_blocks": 2},
         "adaptor": {"adaptor.hidden_dim": 32, "adaptor.num_layers": 1, "adaptor.num_heads": 4},
         "llm": {"vocab_size": 400, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
                 "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.2},
     },
-    "demo": {"clips": 32, "batch": 16, "encoder_batch": (8, 10.0), "workers": 0, "encoder": {}},
+    "demo": {"clips": 32, "batch": 16, "batch_s": 120.0, "encoder_batch": (8, 10.0), "workers": 0, "encoder": {}},
     "full": {
-        "clips": 512, "batch": 64, "encoder_batch": (64, 10.0), "workers": 12, "encoder": {},
+        "clips": 512, "batch": 64, "batch_s": 120.0, "encoder_batch": (64, 10.0), "workers": 12, "encoder": {},
         "adaptor": {"adaptor.hidden_dim": 2048, "adaptor.num_layers": 4, "adaptor.num_heads": 8},
         "llm": {"vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
                 "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
@@ -72,9 +83,15 @@ SIZES = {
 WINDOW_S = 30  # Whisper's
 AISHELL_TRAIN_S = 150.85 * 3600
 EPOCHS = {"phase1_step": 10, "phase2_step": 3}  # of the original release, which took 80 and 90 minutes
+BOUNDS = {"clip length, s": 1.3, "batch of 5 s clips": 1.1, "corpus, h": 1.1}  # of --scale: of time's exponents
 
 
 # ---- models and speech ------------------------------------------------------------------------------------------
+
+
+def tokens_in(seconds):
+    """Text tokens of a clip as long as this, by AISHELL-1's mean."""
+    return max(1, round(seconds * 15 / 4.52))
 
 
 class NumberTokenizer:
@@ -121,10 +138,10 @@ def random_world(args, size, device, dtype, folder):
                                   "llm.prompt": "11 12 13 14 15 16 17 18 19 20", "llm.system": None}
     rng, rows = random.Random(0), []
     for number in range(2 * size["clips"]):
-        seconds = min(14.5, max(1.2, rng.lognormvariate(1.462, 0.3)))  # mean 4.52 s; the deviation is a guess
-        ids = [rng.randrange(50, min(4000, size["llm"]["vocab_size"])) for _ in range(round(seconds * 15 / 4.52))]
+        samples = round(16000 * min(14.5, max(1.2, rng.lognormvariate(1.462, 0.3))))  # mean 4.52 s; 0.3 is a guess
+        ids = [rng.randrange(50, min(4000, size["llm"]["vocab_size"])) for _ in range(tokens_in(samples / 16000))]
         path = folder / f"{number}.wav"
-        noise = np.random.default_rng(number).normal(0, 0.05, round(16000 * seconds))
+        noise = np.random.default_rng(number).normal(0, 0.05, samples)
         soundfile.write(path, noise.astype(np.float32), 16000, subtype="PCM_16")
         rows.append({"key": str(number), "source": str(path), "target": " ".join(map(str, ids)), "ids": ids})
     tokenizer = NumberTokenizer()
@@ -143,10 +160,9 @@ def demo_world(args, size, device, dtype):
     parts = []
     for name in ("train_real", "test"):
         unique = {model.normalize_text(r["target"]): r for r in model.read_manifest(f"{args.data}/{name}.jsonl")}
-        rows = [row | {"speech": row["source"], "ids": model.text_to_ids(listener.tokenizer, text)}
-                for text, row in unique.items()]
-        order = sorted(range(len(rows)), key=lambda i: model.hash_text(rows[i]["key"]))[: size["clips"]]
-        parts.append([rows[i] for i in order])
+        rows = [row | {"ids": model.text_to_ids(listener.tokenizer, text)} for text, row in unique.items()]
+        order = sorted(range(len(rows)), key=lambda i: model.hash_text(rows[i]["key"]))
+        parts.append([rows[i] for i in (order if name == "test" else order[: size["clips"]])])
     return listener, *parts
 
 
@@ -162,7 +178,7 @@ def make_world(args, folder):
     else:
         listener, train, test = random_world(args, size, device, dtype, folder)
     for row in train + test:
-        row |= {"speech": row["source"], "seconds": soundfile.info(row["source"]).duration, "speed": 1.0}
+        row |= {"seconds": soundfile.info(row["source"]).duration, "speed": 1.0}
         row["frames"] = listener.encoder.num_frames(round(row["seconds"] * listener.encoder.sample_rate))
     return SimpleNamespace(
         size=size, device=device, dtype=dtype, folder=folder, listener=listener, train=train, test=test,
@@ -170,15 +186,10 @@ def make_world(args, folder):
         whisper=isinstance(listener.encoder, model.WhisperEncoder), args=args)
 
 
-def last_norm(encoder):
-    """The module whose output is the encoder's: where the usual way hangs its hook."""
-    return encoder.net.layer_norm if isinstance(encoder, model.WhisperEncoder) else encoder.net.tp_norm
-
-
 def window_features(world, row):
     """Features (1, T, F) and their real number (1,): Whisper's padded to 30 s, as its own extractor gives them."""
-    encoder = world.encoder
-    feats = encoder.features(model.load_audio(row["source"], encoder.sample_rate), f"0-{row['key']}")
+    wave = model.load_audio(row["source"], world.encoder.sample_rate)
+    feats = world.encoder.features(wave, f"0-{row['key']}")
     lens = torch.tensor([len(feats)], device=world.device)
     if world.whisper:
         feats = F.pad(feats, (0, 0, 0, WINDOW_S * 100 - len(feats)))  # 10 ms a mel frame
@@ -206,14 +217,10 @@ def fbank(world):
     waves = [model.load_audio(row["source"], 16000) for row in world.train]
     usual = WavFrontend(fs=16000, window="hamming", n_mels=80, frame_length=25, frame_shift=10, lfr_m=7, lfr_n=6,
                         dither=0.0)  # each way has its own random numbers, so neither dithers here
-
-    def theirs():
-        return [usual(wave[None], torch.tensor([len(wave)]))[0][0] for wave in waves]
-
-    def ours():
-        return [model.wav_frontend(wave, dither=0.0) for wave in waves]
-
-    return stage(theirs, ours, lambda a, b: close(b, a, 1e-4), sum(map(len, waves)) / 16000, "funasr's WavFrontend")
+    return stage(
+        lambda: [usual(wave[None], torch.tensor([len(wave)]))[0][0] for wave in waves],
+        lambda: [model.wav_frontend(wave, dither=0.0) for wave in waves],
+        lambda a, b: close(b, a, 1e-4), sum(map(len, waves)) / 16000, "funasr's WavFrontend")
 
 
 def transformers_names(state, num_blocks):
@@ -265,15 +272,11 @@ def encoder(world):
     lens[-1] = frames // 2  # one row with padding, so that masks are compared too
     mask = model.length_mask(lens, frames)
 
-    @torch.inference_mode()
-    def theirs():
-        return usual(feats.clone(), lens)[0][mask]  # funasr scales its input in place
+    plain = torch.inference_mode()
+    theirs = plain(lambda: usual(feats.clone(), lens)[0][mask])  # funasr scales its input in place
+    transformers = plain(lambda: port(feats, mask.long()).last_hidden_state[mask])
 
-    @torch.inference_mode()
-    def transformers():
-        return port(feats, mask.long()).last_hidden_state[mask]
-
-    @torch.inference_mode()
+    @plain
     def ours():
         with precompute.autocast(world.device, world.dtype):
             return net(feats, lens)[0][mask]
@@ -288,15 +291,17 @@ def encoder(world):
 def precompute_stage(world):
     """Encoder outputs of the training clips, from audio files to files on disk."""
     rows, encoder, folder = world.train, world.encoder, world.folder
-    cfg = precompute.DEFAULTS | {"workers": world.size["workers"], "batch_s": 120.0, "data.max_s": 100.0}
+    cfg = precompute.DEFAULTS | {"data.max_s": 100.0} | {key: world.size[key] for key in ("workers", "batch_s")}
+    last = encoder.net.layer_norm if world.whisper else encoder.net.tp_norm  # its output is the encoder's
 
     @torch.inference_mode()
     def usual():
         caught = {}
-        hook = last_norm(encoder).register_forward_hook(lambda module, inputs, output: caught.update(enc=output))
+        hook = last.register_forward_hook(lambda module, inputs, output: caught.update(enc=output))
         for row in rows:
             encoder(*window_features(world, row))
-            torch.save(caught["enc"][0, : row["frames"]].cpu(), folder / f"{row['key']}.pt")
+            frames = caught["enc"][0, : row["frames"]].cpu().clone()  # a view would be saved with all of its 30 s
+            torch.save(frames, folder / f"{row['key']}.pt")
         hook.remove()
         return [torch.load(folder / f"{row['key']}.pt", weights_only=True) for row in rows]
 
@@ -334,35 +339,49 @@ def bucketed_batches(rows, size):
     return [[rows[i] for i in batch] for batch in train_phase1.epoch_batches(lengths, size, 10**9, 1, 0, 0)]
 
 
-def training(world, rows, module, usual_loss, our_loss, what):
-    """Steps over all rows in batches of the same size; `equal`: loss and gradients of one batch, by both ways."""
-    size = world.size["batch"]
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    cfg = {"optim.lr": 0.0, "optim.weight_decay": 0.0}
-    adam = {"usual": torch.optim.AdamW(trainable, lr=0.0),
-            "ours": train_phase1.make_optimizer(module, cfg, world.device)}
-    module.train()
+def training(world, rows, module, usual_loss, our_loss, what, our_batches=bucketed_batches, usual_module=None):
+    """Steps over all rows in batches of the same size; `equal`: loss and gradients of one batch, by both ways.
 
-    def run(way, batches):
-        losses = []
-        for batch in batches:
-            module.zero_grad(set_to_none=True)  # before the step: the gradients stay for the comparison
-            loss = (usual_loss if way == "usual" else our_loss)(batch)
-            loss.backward()
-            nn.utils.clip_grad_norm_(trainable, 1.0)
-            adam[way].step()
-            losses.append(loss.item() if way == "usual" else loss.detach())  # .item() waits for the device
-        return torch.stack([torch.as_tensor(loss, device=world.device) for loss in losses])
+    Every loss takes what its way's batches consist of. usual_module: where the usual way has a copy of the model.
+    """
+    size, cfg = world.size["batch"], {"optim.lr": 0.0, "optim.weight_decay": 0.0}
+    ways = {"usual": (usual_module or module, usual_loss, random_batches), "ours": (module, our_loss, our_batches)}
+    trainable = {way: {name: p for name, p in owner.train().named_parameters() if p.requires_grad}
+                 for way, (owner, *_) in ways.items()}
+
+    def backward(way, batch):
+        owner, loss_of, _ = ways[way]
+        owner.zero_grad(set_to_none=True)
+        loss = loss_of(batch)
+        loss.backward()
+        return loss.detach()
+
+    def run(way):
+        owner, _, cut = ways[way]
+        weights, losses = list(trainable[way].values()), []
+        adam = torch.optim.AdamW(weights, lr=0.0) if way == "usual" else (
+            train_phase1.make_optimizer(owner, cfg, world.device))
+        for batch in cut(rows, size):
+            loss = backward(way, batch)
+            nn.utils.clip_grad_norm_(weights, 1.0)
+            adam.step()
+            losses.append(loss.item() if way == "usual" else loss)  # .item() waits for the device
+        owner.zero_grad(set_to_none=True)  # or they would count as the other way's memory
+        return losses
 
     def equal(*_):
         found = {}
-        for way in ("usual", "ours"):
-            loss = run(way, [rows[:size]])
-            found[way] = [loss, torch.cat([p.grad.flatten() for p in trainable if p.grad is not None])]
-        return close(found["ours"], found["usual"], world.tolerance)
+        for way, (_, _, cut) in ways.items():
+            [batch] = cut(rows[:size], size)
+            loss = backward(way, batch)
+            found[way] = loss, {name: p.grad for name, p in trainable[way].items() if p.grad is not None}
+        (loss, theirs), (our_loss, ours) = found.values()
+        share = 1e-3 * torch.stack([gradient.norm() for gradient in theirs.values()]).norm()
+        return close([our_loss], [loss], world.tolerance) and ours.keys() == theirs.keys() and all(
+            bool((ours[name] - gradient).norm() <= world.tolerance * (gradient.norm() + share))
+            for name, gradient in theirs.items())  # a share of all: some are zero but for rounding (of key biases)
 
-    return stage(lambda: run("usual", random_batches(rows, size)), lambda: run("ours", bucketed_batches(rows, size)),
-                 equal, total_s(rows), what)
+    return stage(lambda: run("usual"), lambda: run("ours"), equal, total_s(rows), what)
 
 
 def need_cache(world):
@@ -381,24 +400,13 @@ def usual_frames(world, batch):
     return enc, torch.tensor([len(x) for x in frames], device=world.device)
 
 
-def new_adaptor(world):
-    """A trainable copy of the listener's adaptor, without dropout."""
-    settings, old = world.listener.settings, world.listener.adaptor
-    shape = [settings[f"adaptor.{name}"] for name in ("hidden_dim", "num_layers", "num_heads")]
-    adaptor = model.AudioAdaptor(old.input_dim, old.output_proj.out_features, *shape, 0.0,
-                                 settings["adaptor.stack"], settings["adaptor.pre_norm"])
-    adaptor.load_state_dict(old.state_dict())
-    return adaptor.to(world.device)
-
-
 def phase1_step(world):
     """Adaptor with InfoNCE and CTC, from cached encoder outputs."""
     cache, rows = need_cache(world), world.train
     table = world.listener.llm.get_input_embeddings().weight.detach()
     ctc = model.CTCHead(table.shape[1], embedding=table, token_ids=sorted({i for row in rows for i in row["ids"]}))
-    phase = train_phase1.Phase1(new_adaptor(world), ctc, 0.07).to(world.device)
+    phase = train_phase1.Phase1(model.unfreeze(copy.deepcopy(world.listener.adaptor)), ctc, 0.07).to(world.device)
     places = {row["key"]: torch.tensor([number]) for number, row in enumerate(rows)}
-    quiet = {"augment.time_masks": 0, "augment.feature_noise": 0.0}
 
     def usual_loss(batch):
         enc, lens = usual_frames(world, batch)
@@ -412,7 +420,7 @@ def phase1_step(world):
         return nce + phase.ctc.loss(phase.ctc(emb), emb_lens, [ctc.classes(r["ids"]) for r in batch])[0] / len(batch)
 
     def our_loss(batch):
-        enc, lens = train_phase1.load_frames(batch, cache, quiet)
+        enc, lens = train_phase1.load_frames(batch, cache, train_phase1.DEFAULTS)
         text = train_phase1.pool_texts([row["ids"] for row in batch], table)
         text_ids = torch.stack([places[row["key"]] for row in batch]).to(world.device)
         with precompute.autocast(world.device, world.dtype):
@@ -428,78 +436,86 @@ def phase2_step(world):
     """Cross-entropy through the LLM, from cached encoder outputs."""
     cache, rows, old = need_cache(world), world.train, world.listener
     lora = model.lora_parameters(old.llm)
-    adaptor = old.adaptor if lora else new_adaptor(world)  # the demo trains LoRA only
+    adaptor = old.adaptor if lora else model.unfreeze(copy.deepcopy(old.adaptor))  # the demo trains LoRA only
     cfg = train_phase2.DEFAULTS | {k: v for k, v in old.settings.items() if k in train_phase2.DEFAULTS}
     phase = train_phase2.Phase2(adaptor, old.ctc, old.llm, old.tokenizer, cfg).to(world.device)
-    careless = old.llm if world.dtype == torch.float32 else copy.deepcopy(old.llm).float()
-    frozen = [p for name, p in careless.named_parameters() if name not in lora]
+    careless = phase
+    if world.dtype != torch.float32:
+        llm = copy.deepcopy(old.llm).float()
+        careless = train_phase2.Phase2(adaptor, old.ctc, llm, old.tokenizer, cfg).to(world.device)
+    frozen = [p for name, p in careless.llm.named_parameters() if name not in lora]
     drafted = old.ctc is not None and cfg["llm.draft"] > 0
-    quiet = {"augment.time_masks": 0, "augment.feature_noise": 0.0}
 
     def usual_loss(batch):
         enc, lens = usual_frames(world, batch)
         for parameter in frozen:  # the optimizer does not have them, so nobody notices
             parameter.requires_grad_(True)
-        speech, speech_lens, prompts, _, _ = phase.listen(enc, lens, batch, [drafted] * len(batch))
+        speech, speech_lens, prompts, _, _ = careless.listen(enc, lens, batch, [drafted] * len(batch))
         targets = [[*row["ids"], phase.stop_id] for row in batch]
-        spliced = model.splice(careless.get_input_embeddings(), prompts, speech, speech_lens, targets)
+        spliced = model.splice(careless.llm.get_input_embeddings(), prompts, speech, speech_lens, targets)
         inputs = {name: spliced[name] for name in ("inputs_embeds", "attention_mask", "labels")}
-        return careless(**inputs).loss  # logits at all positions
+        return careless.llm(**inputs).loss  # logits at all positions
 
     def our_loss(batch):
         for parameter in frozen:
             parameter.requires_grad_(False)
-        enc, lens = train_phase1.load_frames(batch, cache, quiet)
+        enc, lens = train_phase1.load_frames(batch, cache, train_phase1.DEFAULTS)
         ids = [row["ids"] for row in batch]
         with precompute.autocast(world.device, world.dtype):
             ce, *_ = phase(enc.to(world.device), lens.to(world.device), batch, ids, [drafted] * len(batch))
         return ce / sum(len(row) + 1 for row in ids)
 
     what = "random batches padded to their longest, fp32, LLM weights left trainable, logits at all positions"
-    return training(world, rows, phase, usual_loss, our_loss, what)
+    return training(world, rows, phase, usual_loss, our_loss, what, usual_module=careless)
 
 
 def finetune_step(world):
-    """CTC through the whole encoder, all of it trainable, from audio files."""
-    rows = world.train
-    net = RandomEncoder(**world.size["encoder"])
-    if world.whisper:
-        net = model.WhisperEncoder(Path(world.encoder.identity["name"]))
-    net.load_state_dict(world.encoder.state_dict())
-    module = nn.ModuleDict({"encoder": net})
-    classes = {token: number for number, token in enumerate(sorted({i for row in rows for i in row["ids"]}))}
-    module["ctc"] = model.CTCHead(net.width, vocab_size=len(classes))
-    module.to(world.device)
-
-    def ctc_loss(enc, lens, batch):
-        targets = [[classes[token] for token in row["ids"]] for row in batch]
-        return module["ctc"].loss(module["ctc"](enc.float()), lens, targets)[0] / len(batch)
+    """CTC through the whole encoder, all of it trainable, from audio files; ours are finetune_encoder.py's own
+    batches, features and loss."""
+    classes = {token: number for number, token in enumerate(sorted({i for row in world.train for i in row["ids"]}))}
+    rows = [row | {"kind": "telephone", "length": row["frames"], "classes": [classes[token] for token in row["ids"]]}
+            for row in world.train]
+    net = model.unfreeze(copy.deepcopy(world.encoder))
+    nano = model.FunASRNano(net, ctc=model.CTCOutput(net.width, len(classes) + 1)).to(world.device)
+    conf = "dataset_conf."
+    cfg = finetune_encoder.DEFAULTS | {"llm_weight": 0.0, "detach_ctc_decoder": False, conf + "num_workers": 0,
+                                       conf + "batch_type": "example", conf + "batch_size": world.size["batch"],
+                                       "audio_encoder_conf.freeze": False}
+    finetune_encoder.freeze_parts(nano, cfg)  # Whisper's sinusoids
+    parts = {"nano": nano, "original": None, "tokenizer": None, "frontend": net}
+    tuner = finetune_encoder.Finetune(parts, cfg)
 
     def usual_loss(batch):
         pairs = [window_features(world, row) for row in batch]
         feats = pad_sequence([feats[0] for feats, _ in pairs], batch_first=True)
-        return ctc_loss(*net(feats, torch.cat([lens for _, lens in pairs])), batch)
+        enc, lens = nano.encode(feats, torch.cat([lens for _, lens in pairs]))
+        targets = [row["classes"] for row in batch]
+        return nano.ctc.loss(nano.ctc(enc), lens, targets)[0] / sum(map(len, targets))
+
+    def our_batches(rows, _):
+        order = finetune_encoder.epoch_batches(rows, 0, cfg, 1, 0)
+        return finetune_encoder.batches_of(rows, order, parts, cfg, 0, [])
 
     def our_loss(batch):
-        feats = [net.features(model.load_audio(row["source"], net.sample_rate), f"0-{row['key']}") for row in batch]
-        lens = torch.tensor([len(x) for x in feats])
-        feats = pad_sequence(feats, batch_first=True)
-        with train_phase1.autocast(world.device, world.dtype):
-            enc, lens = net(feats.to(world.device), lens.to(world.device))
-        return ctc_loss(enc, lens, batch)
+        with finetune_encoder.amp(world.device, world.dtype):
+            sums = tuner(finetune_encoder.to_device(batch, world.device))
+        return sums["ctc"] / finetune_encoder.count_labels(batch, cfg)[1]
 
     window = "padded to 30 s" if world.whisper else "padded to their longest"
-    return training(world, rows, module, usual_loss, our_loss, f"random batches {window}, fp32")
+    return training(world, rows, tuner, usual_loss, our_loss, f"random batches {window}, fp32", our_batches)
 
 
 # ---- inference --------------------------------------------------------------------------------------------------
 
 
 def inference(world, batch_size):
-    """Held-out clips from audio file to text, greedy."""
-    listener, rows, cfg = world.listener, world.test, infer.DEFAULTS
+    """Held-out clips from audio file to text, greedy; one at a time only the first of them, or it would take long."""
+    listener, cfg = world.listener, infer.DEFAULTS
+    rows = world.test if batch_size > 1 else world.test[: world.size["clips"]]
     llm, tokenizer, get = listener.llm, listener.tokenizer, listener.settings.get
+    cap_of = model.token_cap if world.args.size == "demo" else lambda seconds, _=None: tokens_in(seconds)
 
+    @mock.patch.object(model, "token_cap", cap_of)
     @torch.inference_mode()
     def usual():
         texts = []
@@ -512,10 +528,9 @@ def inference(world, batch_size):
                 draft, count = None, None
                 if listener.ctc is not None:
                     path = model.ctc_greedy(log_probs, emb_lens, listener.ctc.blank)[0]
-                    draft = tokenizer.decode(listener.ctc.tokens(path)).strip() if listener.draft else None
+                    draft = listener.read_ctc(path) if listener.draft else None
                     count = len(path) if get("llm.speech") == "ctc" else None
-                prompt = model.build_prompt(tokenizer, get("llm.prompt"), draft, row.get("language"),
-                                            system=get("llm.system"))
+                prompt = infer.make_prompt(row, draft, listener, cfg)
                 spliced = model.splice(llm.get_input_embeddings(), [prompt], speech, speech_lens)
                 cap = model.token_cap(row["seconds"], count)
                 ids = llm.generate(
@@ -528,6 +543,7 @@ def inference(world, batch_size):
             texts.append(tokenizer.decode(answer, skip_special_tokens=True).strip())
         return texts
 
+    @mock.patch.object(model, "token_cap", cap_of)
     def ours():
         texts = {}
         order = sorted(range(len(rows)), key=lambda i: -rows[i]["seconds"])
@@ -548,86 +564,105 @@ def inference(world, batch_size):
 # ---- measuring --------------------------------------------------------------------------------------------------
 
 
-def reset_peak(device):
+def process_peak_mb():
+    """Most resident memory of this process since it started, or peak_of looked; NaN where there is no /proc."""
+    status = Path("/proc/self/status")
+    return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 1024 if status.exists() else math.nan
+
+
+def peak_of(function, device):
+    """Output of one call, and its peak memory in MiB: torch's on CUDA, else that of the whole process."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():  # Linux: 5 resets the peak of the resident set
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_mb(device):
-    """Peak memory since reset_peak: torch's on CUDA, else this process's (without Linux: since it started)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    elif Path("/proc/self/clear_refs").exists():  # Linux
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):  # glibc, which keeps what was freed: it would count as this call's
+            libc.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    result = function()
+    return result, torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else process_peak_mb()
 
 
 def timed(function, device):
-    """Output of one call, its seconds, its peak memory in MiB."""
-    reset_peak(device)
+    """Seconds of one call."""
     started = time.perf_counter()
-    result = function()
+    function()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return result, time.perf_counter() - started, peak_mb(device)
+    return time.perf_counter() - started
 
 
-def matmul_tflops(device, dtype, size=8192):
-    """The ceiling for MFU: what one large matmul reaches here."""
+def matmul_tflops(device, dtype):
+    """The ceiling for mfu: what a large matmul reaches here at its best."""
+    size, times = (8192, 20) if device.type == "cuda" else (2048, 1)
     a = torch.randn(size, size, device=device, dtype=dtype)
-    for _ in range(3):
-        a @ a
-    _, seconds, _ = timed(lambda: [a @ a for _ in range(20)], device)
-    return 20 * 2 * size**3 / seconds / 1e12
+    return times * 2 * size**3 / min(timed(lambda: [a @ a for _ in range(times)], device) for _ in range(10)) / 1e12
+
+
+def count_flops(function):
+    """Operations of one call's matrix products and convolutions, forward and backward.
+
+    torch's counter does not know attention's kernel for CPUs, and refuses heads that share keys.
+    """
+    def attention(products, query):  # place of the query (B, H, L, D) among a kernel's arguments; the key is the next
+        return lambda *shapes, **_: products * 2 * math.prod(shapes[query]) * shapes[query + 1][2]
+
+    known = {}
+    for kind in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention"):
+        kernel = f"_scaled_dot_product_{kind}"  # backward the scores are made again
+        known |= {getattr(torch.ops.aten, kernel): attention(2, 0),
+                  getattr(torch.ops.aten, f"{kernel}_backward"): attention(5, 1)}
+    with FlopCounterMode(display=False, custom_mapping=known) as counter:
+        function()
+    return counter.get_total_flops()
 
 
 def measure(name, row, args, device, ceiling):
-    """One line of the table: warm up, compare, then baseline and ours in turns."""
-    outputs, seconds, peaks = {}, {}, {}
+    """One line of the table: each way once for its memory and output, then all of them in turns for their time."""
+    outputs, peaks, seconds = {}, {}, {}
     ways = {"baseline": row.usual, "ours": row.ours} | row.more
     for way, function in ways.items():
-        outputs[way], seconds[way], peaks[way] = function(), [], []
+        outputs[way], peaks[way] = peak_of(function, device)
+        seconds[way] = []
     result = {"stage": name, "equal": bool(row.equal(outputs["baseline"], outputs["ours"]))}
     for _ in range(args.repeats):
         for way, function in ways.items():
-            _, spent, peak = timed(function, device)
-            seconds[way].append(spent)
-            peaks[way].append(peak)
+            seconds[way].append(timed(function, device))
     for way, spent in seconds.items():
         result |= {f"{way}_s": statistics.median(spent), f"{way}_spread_s": max(spent) - min(spent)}
-    result |= {"ratio": result["baseline_s"] / result["ours_s"], "peak_mb": max(peaks["ours"]),
-               "baseline_peak_mb": max(peaks["baseline"]), "audio_s": row.audio_s,
+    result |= {"ratio": result["baseline_s"] / result["ours_s"], "peak_mb": peaks["ours"],
+               "baseline_peak_mb": peaks["baseline"], "audio_s": row.audio_s,
                "audio_s_per_s": row.audio_s / result["ours_s"], "usual": row.what}
-    if device.type == "cuda":
-        with FlopCounterMode(display=False) as counter:
-            row.ours()
-        result["tflops"] = counter.get_total_flops() / result["ours_s"] / 1e12
+    if name != "fbank":  # a Fourier transform, which is not counted
+        result["tflops"] = count_flops(row.ours) / result["ours_s"] / 1e12
         result["mfu"] = result["tflops"] / ceiling
-        if name in EPOCHS:
-            result["minutes_aishell"] = EPOCHS[name] * AISHELL_TRAIN_S / result["audio_s_per_s"] / 60
+    if device.type == "cuda" and name in EPOCHS:
+        result["minutes_aishell"] = EPOCHS[name] * AISHELL_TRAIN_S / result["audio_s_per_s"] / 60
     return result
 
 
 def print_row(result):
-    extra = "".join(f"  {key} {result[key]:.3g}" for key in ("transformers_s", "tflops", "mfu", "minutes_aishell")
-                    if key in result)
-    print(f"{result['stage']:14} {result['baseline_s']:9.3f} ±{result['baseline_spread_s']:6.3f} "
-          f"{result['ours_s']:9.3f} ±{result['ours_spread_s']:6.3f} {result['ratio']:7.2f} "
-          f"{'yes' if result['equal'] else 'NO':>5} {result['baseline_peak_mb']:9.0f} {result['peak_mb']:7.0f} "
-          f"{result['audio_s_per_s']:9.1f}{extra}", flush=True)
+    extra = "".join(f"  {key} {result[key]:.3g}" for key in ("transformers_s", "minutes_aishell") if key in result)
+    reached = f"{result['tflops']:8.3g} {result['mfu']:5.2f}" if "mfu" in result else f"{'-':>8} {'-':>5}"
+    print(f"{result['stage']:14} {result['baseline_s']:10.3f} {result['baseline_spread_s']:7.3f} "
+          f"{result['ours_s']:9.3f} {result['ours_spread_s']:7.3f} {result['ratio']:6.2f} "
+          f"{'yes' if result['equal'] else 'NO':>5} {result['baseline_peak_mb']:8.0f} {result['peak_mb']:8.0f} "
+          f"{result['audio_s_per_s']:9.1f} {reached}{extra}", flush=True)
 
 
 def machine(device):
     """Where the numbers come from."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
     cpu = Path("/proc/cpuinfo")
-    if device.type == "cpu" and cpu.exists():
-        name = re.search(r"model name\s*: (.*)", cpu.read_text())[1]
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
+    name = re.search(r"model name\s*: (.*)", cpu.read_text())[1] if cpu.exists() else platform.processor()
+    environment = {key: value for key, value in os.environ.items() if re.match("MALLOC_|OMP_NUM_THREADS$", key)}
+    return {"device": torch.cuda.get_device_name() if device.type == "cuda" else name,
+            "threads": torch.get_num_threads(), "environment": environment, "torch": torch.__version__,
             "date": time.strftime("%Y-%m-%d"), "command": "python bench.py " + " ".join(sys.argv[1:])}
+
+
+def save(report, path):
+    train_phase1.write_atomic(path, lambda file: file.write(json.dumps(report, indent=1).encode() + b"\n"))
 
 
 # ---- how cost grows ---------------------------------------------------------------------------------------------
@@ -639,102 +674,144 @@ def exponent(points):
     return float(np.polyfit(points[:, 0], points[:, 1], 1)[0])
 
 
-def scale_rows(world, seconds, batch):
-    """`batch` clips of noise, all of one length, with as many tokens as AISHELL-1 has in that time."""
+def scale_rows(world, speech, ids, seconds, batch):
+    """`batch` clips, all of one length: cut from the test clips joined end to end, each beginning elsewhere."""
     rows = []
     for number in range(batch):
         path = world.folder / f"scale-{seconds}-{number}.wav"
-        soundfile.write(path, np.random.default_rng(number).normal(0, 0.05, round(16000 * seconds)), 16000)
-        frames = world.encoder.num_frames(round(16000 * seconds))
-        ids = [50 + (7 * number + n) % 300 for n in range(max(1, round(seconds * 15 / 4.52)))]
-        rows.append({"key": path.stem, "source": str(path), "speech": str(path), "seconds": seconds, "speed": 1.0,
-                     "frames": frames, "ids": ids})
+        wave = np.resize(np.roll(speech, -number * len(speech) // 32), 16000 * seconds)
+        soundfile.write(path, wave, 16000, subtype="PCM_16")
+        rows.append({"key": path.stem, "source": str(path), "seconds": seconds, "speed": 1.0,
+                     "frames": world.encoder.num_frames(16000 * seconds),
+                     "ids": np.resize(np.roll(ids, -number), tokens_in(seconds)).tolist()})
     return rows
 
 
-def scale_stage(world, name, seconds, batch):
-    """Seconds and peak memory of our way over one batch of equally long clips: the second of two runs."""
-    world.train = world.test = scale_rows(world, seconds, batch)
+def scale_stage(world, name, rows):
+    """Seconds and peak memory of our way over one batch: the memory of the first run, the time of the second."""
+    world.train = world.test = rows
     (world.folder / "cache.json").unlink(missing_ok=True)  # the step then makes the cache of these clips
-    world.size |= {"batch": batch}
-    row = inference(world, batch) if name == "inference" else BUILD[name](world)
-    row.ours()
-    return timed(row.ours, world.device)[1:]
+    world.size |= {"batch": len(rows), "batch_s": math.inf}
+    row = inference(world, len(rows)) if name == "inference" else BUILD[name](world)
+    _, peak = peak_of(row.ours, world.device)
+    return timed(row.ours, world.device), peak
 
 
 def write_corpus(folder, count):
-    """A manifest of `count` clips of 5 s, and the index of a cache that holds them; its frames are holes in files."""
-    frames, shard_clips = 250, 4096
+    """A manifest of `count` clips of 5 s, and the index of a cache that holds them; its frames are holes in files.
+
+    About 15 tokens of SmolLM2's a text, no two the same; every second text is Chinese.
+    """
+    frames, shard_clips, rng = 250, 4096, random.Random(0)
+    words = re.findall("[a-z]{2,}", Path(__file__).with_name("README.md").read_text(encoding="utf-8").lower())
+    characters, texts = [chr(code) for code in range(0x4E00, 0x4E00 + 3000)], []
+    for _ in range(25000):
+        texts += [("en", " ".join(rng.choices(words, k=6))), ("zh", "".join(rng.choices(characters, k=4)))]
     folder.mkdir(exist_ok=True)
     (folder / "cache.json").write_text(json.dumps({"encoder.width": 1, "encoder.frame_ms": 20.0}))
     with open(folder / "all.jsonl", "w", encoding="utf-8") as file:
         for first in range(0, count, shard_clips):
-            keys = [f"BAC009S{n:09d}" for n in range(first, min(first + shard_clips, count))]
-            for n, key in enumerate(keys, start=first):
-                row = {"key": key, "source": f"wav/train/S{n // 400:05d}/{key}.wav", "language": "en",
-                       "target": f"one {n % 89} of the {n % 97} little piggies went to market on day {n % 7}"}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            clips = [{"key": key, "first": n * frames, "frames": frames - n % 200, "seconds": 5.0}
-                     for n, key in enumerate(keys)]
+            clips = []
+            for n in range(first, min(first + shard_clips, count)):
+                key, (language, text) = f"BAC009S{n:09d}", texts[n % len(texts)]
+                file.write(f'{{"key": "{key}", "source": "wav/train/S{n // 400:05d}/{key}.wav", '
+                           f'"language": "{language}", "target": "{text} {n}"}}\n')
+                clips.append({"key": key, "first": (n - first) * frames, "frames": frames - n % 200, "seconds": 5.0})
             path = folder / f"shard-{first // shard_clips:05d}.json"
-            path.write_text(json.dumps({"clips": clips, "bad": [], "frames": frames * len(keys)}))
-            np.lib.format.open_memmap(path.with_suffix(".npy"), "w+", np.float16, (frames * len(keys), 1))
+            path.write_text(json.dumps({"clips": clips, "bad": [], "frames": frames * len(clips)}))
+            np.lib.format.open_memmap(path.with_suffix(".npy"), "w+", np.float16, (frames * len(clips), 1))
 
 
-def scale_corpus(folder, tokenizer, hours):
-    """What phase 1 does before its first step with `hours` of clips of 5 s, in a process of its own."""
-    folder, cpu, count = Path(folder) / f"corpus-{hours}", torch.device("cpu"), round(hours * 720)
-    write_corpus(folder, count)
+def start_training(folder, tokenizer):
+    """What phase 1 does before its first step, but for models; phase 2's extra: {part: (seconds, peak MiB so far)}.
+
+    "" is the whole start of phase 1, with the peak of this process at its end.
+    """
     cfg = train_phase1.DEFAULTS | {"data.train": str(folder / "all.jsonl"), "run.dir": str(folder)}
     train_phase1.LARGE = 0  # what is read is kept, however small it is
-    cache, *index = timed(lambda: train_phase1.EncoderCache(folder), cpu)
-    _, *read = timed(lambda: len(train_phase1.open_utterances(cfg, cache, tokenizer)), cpu)
-    train, *again = timed(lambda: train_phase1.open_utterances(cfg, cache, tokenizer), cpu)
-    _, *order = timed(lambda: train_phase1.epoch_batches(train.frames, 256, 40000, 1, 0, 0), cpu)
-    assert len(train) == count
-    shutil.rmtree(folder)
-    return {"index of the cache": index, "texts, first start": read, "texts, later starts": again,
-            "order of an epoch": order}
+    found, times = {}, [time.perf_counter()]
+
+    def done(part):
+        times.append(time.perf_counter())
+        found[part] = times[-1] - times[-2], process_peak_mb()
+
+    cache = train_phase1.EncoderCache(folder)
+    done("index of the cache")
+    train = train_phase1.open_utterances(cfg, cache, tokenizer)
+    train.token_counts().nonzero()[0].tolist()  # CTC's vocabulary
+    sum(train.seconds)
+    done("texts")
+    len(train_phase1.epoch_batches(train.frames, cfg["batch_clips"], cfg["batch_frames"], 1, 0, 0))  # number of steps
+    next(train_phase1.stream(train, cache, cfg, 0, 0, 0))
+    done("order, first batch")
+    whole, adaptor = times[-1] - times[0], model.AudioAdaptor(1, 8, 8, 1, 1)
+    [adaptor.out_lens(frames) + 2 * count + 20 for frames, count in zip(train.frames, train.num_ids.tolist())]
+    done("phase 2's lengths")
+    return found | {"": (whole, process_peak_mb())}
 
 
-def scale(world, args):
-    """Table and picture of time and memory (the whole process's peak) against clip length, batch and corpus size."""
+def scale_points(world):
+    """What is measured, one by one: stage, against what, how much of it, seconds, MiB."""
+    speech = np.concatenate([model.load_audio(row["source"], 16000) for row in world.test])
+    ids = [token for row in world.test for token in row["ids"]]
+    lengths = [s for s in (1, 2, 5, 10, 20, 30, 60) if not (world.whisper and s > WINDOW_S)]
+    sizes = [("clip length, s", s, s, 4) for s in lengths]
+    sizes += [("batch of 5 s clips", clips, 5, clips) for clips in (1, 2, 4, 8, 16, 32)]
+    for name in ("precompute", "phase2_step", "inference"):
+        for against, size, seconds, clips in sizes:
+            yield name, against, size, *scale_stage(world, name, scale_rows(world, speech, ids, seconds, clips))
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        del os.environ[name]  # the processes below start as a user's training does, not as `make bench` does
+    for h in (1, 10, 100, 1000, 10000):
+        if h > max(10, world.args.scale_hours):  # an exponent takes two
+            break
+        folder = world.folder / f"corpus-{h}"
+        write_corpus(folder, 720 * h)
+        for start in ("first start", "later start"):
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # without models in its memory
+                found = pool.submit(start_training, folder, world.listener.tokenizer).result()
+            for part, costs in found.items():
+                yield f"{start}: {part}".removesuffix(": "), "corpus, h", h, *costs
+        shutil.rmtree(folder)
+
+
+def scale(world, args, report):
+    """Table and picture of time and memory (the whole process's peak) against clip length, batch and corpus size.
+
+    The first start with a corpus reads and tokenises the manifest, the later one maps what the first has kept (but not
+    with random models, whose tokenizer is in Python); both find their files, just written, in the system's cache.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    world.size = dict(world.size)
-    lengths = [s for s in (1, 2, 5, 10, 20, 30, 60) if not (world.whisper and s > WINDOW_S)]
-    grown = {}  # (stage, against) -> [(size, seconds, MiB)]
-    for name in ("precompute", "phase2_step", "inference"):
-        for seconds in lengths:
-            grown.setdefault((name, "clip length, s"), []).append((seconds, *scale_stage(world, name, seconds, 4)))
-        for batch in (1, 2, 4, 8, 16, 32):
-            grown.setdefault((name, "batch of 5 s clips"), []).append((batch, *scale_stage(world, name, 5, batch)))
-    hours = [h for h in (1, 10, 100, 1000, 10000) if h <= args.scale_hours]
-    for h in hours:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # for a memory without models
-            found = pool.submit(scale_corpus, world.folder, world.listener.tokenizer, h).result()
-        for name, costs in found.items():
-            grown.setdefault((name, "corpus, h"), []).append((h, *costs))
-    print(f"{'stage':20} {'against':20} {'from':>6} {'to':>6} {'seconds at the ends':>21} {'MiB':>15} {'exponent':>9}")
-    table = []
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
-    places = {against: axis for against, axis in zip(("clip length, s", "batch of 5 s clips", "corpus, h"), axes)}
-    for (name, against), points in grown.items():
-        (first, first_s, first_mb), (last, last_s, last_mb) = points[0], points[-1]
-        slope = exponent([(size, seconds) for size, seconds, _ in points]) if len(points) > 1 else float("nan")
-        table.append({"stage": name, "against": against, "points": points, "exponent": slope})
-        print(f"{name:20} {against:20} {first:6g} {last:6g} {first_s:10.3f} {last_s:10.3f} {first_mb:7.0f} "
-              f"{last_mb:7.0f} {slope:9.2f}")
-        axis = places[against]
-        axis.loglog([p[0] for p in points], [p[1] for p in points], "o-", label=f"{name}, exponent {slope:.2f}")
-        axis.set(xlabel=against, ylabel="seconds")
-        axis.legend(fontsize=7)
+    world.size, rows = dict(world.size), {}
+    for name, against, *point in scale_points(world):
+        row = rows.setdefault((name, against), {"stage": name, "against": against, "points": []})
+        row["points"].append(point)
+        report["scale"] = list(rows.values())
+        save(report, args.out)
+    print(f"{'stage':31} {'against':18} {'from':>5} {'to':>6} {'seconds at the ends':>20} {'MiB at the ends':>15} "
+          f"{'exponent':>8} {'bound':>5} {'holds':>5}")
+    figure, axes = plt.subplots(2, 3, figsize=(13, 8))
+    for row in rows.values():
+        sizes, seconds, mebibytes = zip(*row["points"])
+        slope, bound = exponent(list(zip(sizes, seconds))), BOUNDS[row["against"]]
+        row |= {"exponent": slope, "bound": bound, "holds": slope <= bound}
+        print(f"{row['stage']:31} {row['against']:18} {sizes[0]:5} {sizes[-1]:6} {seconds[0]:9.3f} "
+              f"{seconds[-1]:10.3f} {mebibytes[0]:7.0f} {mebibytes[-1]:7.0f} {slope:8.2f} {bound:5} "
+              f"{'yes' if row['holds'] else 'NO':>5}")
+        if ":" not in row["stage"]:  # a start as a whole
+            upper, lower = axes[:, list(BOUNDS).index(row["against"])]
+            upper.loglog(sizes, seconds, "o-", label=f"{row['stage']}, exponent {slope:.2f}")
+            lower.semilogx(sizes, mebibytes, "o-")
+            upper.set(xlabel=row["against"], ylabel="seconds")
+            lower.set(xlabel=row["against"], ylabel="MiB, colours as above", ylim=(0, None))
+            upper.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(Path(args.out).with_suffix(".png"), dpi=120)
-    return {"scale": table}
+    save(report, args.out)
 
 
 # ---- the run ----------------------------------------------------------------------------------------------------
@@ -752,20 +829,19 @@ def main(args):
         raise ValueError(f"--stages: {wrong[0]!r} is none of {', '.join(BUILD)}")
     with tempfile.TemporaryDirectory() as folder:
         world = make_world(args, Path(folder))
-        report = machine(world.device) | {"size": args.size, "repeats": args.repeats, "rows": []}
-        ceiling = None
-        if world.device.type == "cuda":
-            report["matmul_tflops"] = ceiling = matmul_tflops(world.device, world.dtype)
-        print(" | ".join(f"{key} {value}" for key, value in report.items() if key != "rows"))
+        ceiling = matmul_tflops(world.device, world.dtype)
+        report = machine(world.device) | {"size": args.size, "repeats": args.repeats, "matmul_tflops": ceiling}
+        print(" | ".join(f"{key} {value}" for key, value in report.items()))
+        report["rows"] = []
         if args.scale:
-            report |= scale(world, args)
+            scale(world, args, report)
         else:
-            print(f"{'stage':14} {'baseline s':>17} {'ours s':>17} {'ratio':>7} {'equal':>5} {'MiB':>9} {'ours':>7} "
-                  f"{'audio s/s':>9}", flush=True)
+            print(f"{'stage':14} {'baseline s':>10} {'spread':>7} {'ours s':>9} {'spread':>7} {'ratio':>6} {'equal':>5}"
+                  f" {'peak MiB':>8} {'ours MiB':>8} {'audio s/s':>9} {'TFLOP/s':>8} {'mfu':>5}", flush=True)
             for name in args.stages:
                 report["rows"].append(measure(name, BUILD[name](world), args, world.device, ceiling))
                 print_row(report["rows"][-1])
-    Path(args.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+                save(report, args.out)  # after every row: a crash leaves what was measured
     return report
 
 
@@ -778,7 +854,7 @@ def parse(arguments):
     parser.add_argument("--model", default="demo/run/phase2", help="folder of train_phase2.py, for --size demo")
     parser.add_argument("--data", default="demo/data", help="folder of demo_data.py's manifests, for --size demo")
     parser.add_argument("--scale", action="store_true", help="instead: how time and memory grow; also writes a .png")
-    parser.add_argument("--scale-hours", type=int, default=10000, help="largest corpus of --scale (clips of 5 s)")
+    parser.add_argument("--scale-hours", type=int, default=10000, help="largest corpus of --scale (>= 10)")
     parser.add_argument("--out", default="bench.json")
     return parser.parse_args(arguments)
 
