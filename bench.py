@@ -509,7 +509,10 @@ def finetune_step(world):
 
 
 def inference(world, batch_size):
-    """Held-out clips from audio file to text, greedy; one at a time only the first of them, or it would take long."""
+    """Held-out clips from audio file to text, greedy; one at a time only the first of them, or it would take long.
+
+    Ours are infer.py's own batches: by length, each with as many padded seconds as batch_size clips of mean length.
+    """
     listener, cfg = world.listener, infer.DEFAULTS
     rows = world.test if batch_size > 1 else world.test[: world.size["clips"]]
     llm, tokenizer, get = listener.llm, listener.tokenizer, listener.settings.get
@@ -543,18 +546,19 @@ def inference(world, batch_size):
             texts.append(tokenizer.decode(answer, skip_special_tokens=True).strip())
         return texts
 
+    # the key decides the dither
+    heard = [row | {"key": f"0-{row['key']}", "speech": row["source"]} for row in rows]
+    padded_s = statistics.mean(row["frames"] for row in rows) * listener.encoder.frame_ms / 1000
+    settings = cfg | {"workers": world.size["workers"], "data.batch_s": 1.001 * padded_s * batch_size}
+    settings["data.batch_s"] *= batch_size > 1  # 0: every clip alone
+
     @mock.patch.object(model, "token_cap", cap_of)
     def ours():
-        texts = {}
-        order = sorted(range(len(rows)), key=lambda i: -rows[i]["seconds"])
-        for start in range(0, len(order), batch_size):
-            batch = []
-            for index in order[start : start + batch_size]:
-                wave = model.load_audio(rows[index]["source"], listener.encoder.sample_rate)
-                feats = listener.encoder.features(wave, f"0-{rows[index]['key']}")
-                batch.append((index, 0, feats, 0.0, rows[index]["seconds"]))
-            segments = infer.transcribe(batch, rows, listener, cfg)
+        texts, bad = {}, []
+        for batch in infer.read_batches(heard, listener.encoder, settings, {}, bad):
+            segments = infer.transcribe(batch, heard, listener, cfg)
             texts |= {index: segment["text"] for (index, *_), segment in zip(batch, segments)}
+        assert not bad, bad
         return [texts[index] for index in range(len(rows))]
 
     window = ", padded to 30 s" if world.whisper else ""
@@ -741,8 +745,8 @@ def start_training(folder, tokenizer):
     train.token_counts().nonzero()[0].tolist()  # CTC's vocabulary
     sum(train.seconds)
     done("texts")
-    len(train_phase1.epoch_batches(train.frames, cfg["batch_clips"], cfg["batch_frames"], 1, 0, 0))  # number of steps
-    next(train_phase1.stream(train, cache, cfg, 0, 0, 0))
+    first = train_phase1.epoch_batches(train.frames, cfg["batch_clips"], cfg["batch_frames"], 1, 0, 0)
+    next(train_phase1.stream(train, cache, cfg, 0, 0, 0, first))
     done("order, first batch")
     whole, adaptor = times[-1] - times[0], model.AudioAdaptor(1, 8, 8, 1, 1)
     [adaptor.out_lens(frames) + 2 * count + 20 for frames, count in zip(train.frames, train.num_ids.tolist())]

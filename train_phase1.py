@@ -699,12 +699,17 @@ def save_results(phase, identity, folder):
         write_atomic(folder / "ctc_head.pt", lambda file: torch.save(phase.ctc.state_dict(), file))
 
 
-def stream(train, cache, cfg, step, epoch, used):
-    """Endless batches from (epoch, used) on: yields epoch, used, clips of all processes, our utterances, enc, lens."""
+def stream(train, cache, cfg, step, epoch, used, first):
+    """Endless batches from (epoch, used) on: yields epoch, used, clips of all processes, our utterances, enc, lens.
+
+    first: the batches of epoch 0, whose number the schedule needs in any case.
+    """
     rank, world = rank_and_world()
     number = step * cfg["optim.accum"]
     while True:
-        batches = epoch_batches(train.frames, cfg["batch_clips"], cfg["batch_frames"], world, cfg["seed"], epoch)
+        batches = first if epoch == 0 else epoch_batches(
+            train.frames, cfg["batch_clips"], cfg["batch_frames"], world, cfg["seed"], epoch)
+        first = None
         for batch in batches[used:]:
             used += 1
             mine = [train[i] for i in batch[rank::world]]
@@ -733,8 +738,8 @@ def main(cfg):
     optimizer = make_optimizer(phase, cfg, device)
     wrapped = nn.parallel.DistributedDataParallel(phase, broadcast_buffers=False) if world > 1 else phase
     accum = cfg["optim.accum"]
-    total = cfg["optim.max_steps"] or cfg["optim.epochs"] * len(
-        epoch_batches(train.frames, cfg["batch_clips"], cfg["batch_frames"], world, cfg["seed"], 0)) // accum
+    first = epoch_batches(train.frames, cfg["batch_clips"], cfg["batch_frames"], world, cfg["seed"], 0)
+    total = cfg["optim.max_steps"] or cfg["optim.epochs"] * len(first) // accum
     step, epoch, used, best, spent = 0, 0, 0, -math.inf, 0.0
     if state:
         try:
@@ -751,7 +756,7 @@ def main(cfg):
         print_start(cfg, phase, train, valid, total, device, dtype, world)
     phase.train()
     quick = speed_up(cache, cfg, device)
-    batches = stream(train, quick, cfg, step, epoch, used)
+    batches = stream(train, quick, cfg, step, epoch, used, first)
     batches = prefetch(batches) if device.type == "cuda" else batches
     window, started = new_window(), time.time()
     bar = tqdm(total=total, initial=step, unit="step", disable=rank != 0 or None)

@@ -792,12 +792,16 @@ def save_results(phase, cfg, identity, folder):
     write_atomic(folder / "config.json", lambda file: file.write(text.encode()))
 
 
-def stream(train, lengths, encoder, cache, cfg, device, dtype, epoch, used, bad):
-    """Endless batches from (epoch, used) on: yields epoch, used, utterances of this process, enc, lens, usable."""
+def stream(train, lengths, encoder, cache, cfg, device, dtype, epoch, used, first, bad):
+    """Endless batches from (epoch, used) on: yields epoch, used, utterances of this process, enc, lens, usable.
+
+    first: the batches of epoch 0, whose number the schedule needs in any case.
+    """
     rank, world = rank_and_world()
     while True:
-        batches = epoch_batches(lengths, cfg["batch_clips"], cfg["batch_tokens"], world, cfg["seed"], epoch)[used:]
-        mine = [batch[rank::world] for batch in batches]
+        batches = first if epoch == 0 else epoch_batches(
+            lengths, cfg["batch_clips"], cfg["batch_tokens"], world, cfg["seed"], epoch)
+        first, mine = None, [batch[rank::world] for batch in batches[used:]]
         encoded = encoder_batches(train, mine, encoder, cfg, device, dtype, epoch, bad) if cache is None else None
         for batch in mine:
             utterances = [train[i] for i in batch]
@@ -851,8 +855,8 @@ def main(cfg):
     prompt_tokens = sum(len(part) for part in phase.prompts([{}], [None])[0])
     lengths = [phase.adaptor.out_lens(frames) + 2 * count + prompt_tokens  # 2: the draft
                for frames, count in zip(train.frames, train.num_ids.tolist())]
-    total = cfg["optim.max_steps"] or cfg["optim.epochs"] * len(
-        epoch_batches(lengths, cfg["batch_clips"], cfg["batch_tokens"], world, cfg["seed"], 0)) // accum
+    first = epoch_batches(lengths, cfg["batch_clips"], cfg["batch_tokens"], world, cfg["seed"], 0)
+    total = cfg["optim.max_steps"] or cfg["optim.epochs"] * len(first) // accum
     folder, metrics, writer = Path(cfg["run.dir"]), Path(cfg["run.dir"]) / "metrics.jsonl", None
     if rank == 0:
         trim_metrics(metrics, step)
@@ -868,7 +872,7 @@ def main(cfg):
         return [utterances[i] for i in kept], enc[kept], lens[kept]
 
     phase.train()
-    batches = stream(train, lengths, encoder, cache, cfg, device, dtype, epoch, used, bad)
+    batches = stream(train, lengths, encoder, cache, cfg, device, dtype, epoch, used, first, bad)
     window, started = new_window(), time.time()
     bar = tqdm(total=total, initial=step, unit="step", disable=rank != 0 or None)
     while step < total:
