@@ -811,8 +811,10 @@ def scale(world, args, report):
             upper.loglog(sizes, seconds, "o-", label=f"{row['stage']}, exponent {slope:.2f}")
             lower.semilogx(sizes, mebibytes, "o-")
             upper.set(xlabel=row["against"], ylabel="seconds")
-            lower.set(xlabel=row["against"], ylabel="MiB, colours as above", ylim=(0, None))
+            lower.set(xlabel=row["against"], ylabel="MiB, colours as above")
             upper.legend(fontsize=7)
+    for axis in axes[1]:  # last: limits once set stay
+        axis.set_ylim(bottom=0)
     figure.tight_layout()
     figure.savefig(Path(args.out).with_suffix(".png"), dpi=120)
     save(report, args.out)
