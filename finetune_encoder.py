@@ -1137,12 +1137,12 @@ def check_output(cfg, nano):
 def estimate_memory(cfg, parts):
     """A rough peak in bytes, from counts: weights, gradients and moments, activations of the largest batch."""
     nano, block_bytes = parts["nano"], 34 * 4  # bytes that a block keeps for the backward pass, per frame and dimension
-    weights = sum(p.numel() * p.element_size() for p in [*nano.parameters(), *(
-        parts["original"].parameters() if parts["original"] is not None else ())])
+    held = [*nano.parameters(), *(parts["original"].parameters() if parts["original"] is not None else ())]
+    weights = sum(p.numel() * p.element_size() for p in held)
     trains = sum(p.numel() for p in nano.parameters() if p.requires_grad)
     frames = cfg["dataset_conf.batch_size"] * 10 / getattr(parts["frontend"], "frame_ms", 60.0)
-    blocks, width = len(encoder_blocks(nano.audio_encoder)), getattr(nano.audio_encoder, "width",
-                                                                     cfg["audio_encoder_conf.output_size"])
+    blocks = len(encoder_blocks(nano.audio_encoder))
+    width = getattr(nano.audio_encoder, "width", cfg["audio_encoder_conf.output_size"])
     activations = 0 if cfg["audio_encoder_conf.freeze"] else frames * width * block_bytes * (
         blocks**0.5 if cfg["audio_encoder_conf.activation_checkpoint"] else blocks)
     logits = 4 * 4 * frames * (nano.ctc.blank + 1) if nano.ctc is not None and cfg["ctc_weight"] else 0
@@ -1224,7 +1224,7 @@ def print_checklist(found, cfg, verbose):
     if cfg["audio_encoder"] != "SenseVoiceEncoderSmall":
         used = ("audio_encoder_conf.freeze", "audio_encoder_conf.freeze_layer_num",
                 "audio_encoder_conf.activation_checkpoint", "frontend_conf.fs")
-        sections = ("audio_encoder_conf.", "audio_adaptor_conf.", "frontend_conf.", "llm", "specaug_conf.lfr_rate")
+        sections = ("audio_encoder_conf.", "audio_adaptor_conf.", "frontend_conf.", "llm_conf.")
         for key in cfg:
             if key.startswith(sections) and key not in used and cfg[key] != DEFAULTS[key]:
                 print(f"note  {key}={cfg[key]} changes nothing: {cfg['audio_encoder']} has its own front end and "

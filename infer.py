@@ -437,9 +437,9 @@ def load_nano_listener(cfg, device, dtype):
     if cfg["decode.ctc_weight"] > 0:
         raise ValueError("decode.ctc_weight is for models of train_phase2.py: here the CTC head has another vocabulary "
                          "than the LLM")
-    moved = cfg["encoder.name"] if Path(cfg["encoder.name"] or "/nowhere").exists() else ""  # a run's base
+    name = cfg["encoder.name"]  # a run's base that was moved; a hub name is that of another model's encoder
     nano, frontend, tokenizer, ctc_tokenizer = model.load_nano(
-        cfg["model.dir"], dtype, cfg["decode.readout"] != "ctc", moved)
+        cfg["model.dir"], dtype, cfg["decode.readout"] != "ctc", name if name and Path(name).exists() else "")
     nano = nano.to(device)
     if nano.llm is None:
         cfg["decode.readout"] = "ctc"

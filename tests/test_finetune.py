@@ -468,6 +468,22 @@ class Killed(Exception):
     pass
 
 
+def kill(monkeypatch, at, *arguments):
+    """Train, and die in optimizer step `at`."""
+    real, steps = ft.train_step, []
+
+    def train_step(*args):
+        steps.append(1)
+        if len(steps) == at:
+            raise Killed
+        return real(*args)
+
+    monkeypatch.setattr(ft, "train_step", train_step)
+    with pytest.raises(Killed):
+        call(*arguments)
+    monkeypatch.setattr(ft, "train_step", real)
+
+
 @pytest.mark.parametrize("extra", [[], ["distill_weight=0.5", "train_conf.accum_grad=2", "optim_conf.layer_decay=0.9",
                                    "llm=none", "llm_weight=0"]])
 def test_resume_is_bitwise_exact(world, tmp_path, monkeypatch, extra):
@@ -476,19 +492,7 @@ def test_resume_is_bitwise_exact(world, tmp_path, monkeypatch, extra):
                  f"telephone_conf.data_set_list={world['wide']}", "data_mix=0",
                  "clean_data_set_list=", *extra]  # fmt: skip
     call(*arguments, f"output_dir={tmp_path / 'whole'}")
-    real = ft.train_step
-
-    def killed(*args):
-        killed.steps += 1
-        if killed.steps == 4:
-            raise Killed
-        return real(*args)
-
-    killed.steps = 0
-    monkeypatch.setattr(ft, "train_step", killed)
-    with pytest.raises(Killed):
-        call(*arguments, f"output_dir={tmp_path / 'cut'}")
-    monkeypatch.setattr(ft, "train_step", real)
+    kill(monkeypatch, 4, *arguments, f"output_dir={tmp_path / 'cut'}")
     call(*arguments, f"output_dir={tmp_path / 'cut'}")
     whole, cut = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "cut"))
     assert whole["step"] == cut["step"] == 6 and whole["kept"] == cut["kept"]
@@ -501,23 +505,12 @@ def test_resume_is_bitwise_exact(world, tmp_path, monkeypatch, extra):
 def test_a_run_goes_on_with_other_batches_other_rates_and_a_checkpoint_that_is_gone(world, tmp_path, monkeypatch):
     arguments = [*world["stage1"], "train_conf.max_epoch=2", "data_mix=0", f"output_dir={tmp_path / 'r'}",
                  "train_conf.save_checkpoint_interval=1", "train_conf.validate_interval=1"]
-    real = ft.train_step
-
-    def killed(*args):
-        killed.steps += 1
-        if killed.steps == 5:
-            raise Killed
-        return real(*args)
-
-    killed.steps = 0
-    monkeypatch.setattr(ft, "train_step", killed)
-    with pytest.raises(Killed):
-        call(*arguments, "dataset_conf.batch_size_sample_max=2", "optim_conf.weight_decay=0.5")
+    kill(monkeypatch, 5, *arguments, "dataset_conf.batch_size_sample_max=2", "optim_conf.weight_decay=0.5")
     last = torch.load(tmp_path / "r" / "last.pt", weights_only=True)
     assert last["step"] == 4 and last["used"] == 4  # of 5 batches of 2 clips
     number = last["kept"][-1][1]
     (tmp_path / "r" / f"step-{number:06d}.pt").unlink()  # pushed out by a validation after last.pt
-    decays = []
+    real, decays = ft.train_step, []
 
     def watched(wrapped, optimizer, *args):
         decays.append(max(group["weight_decay"] for group in optimizer.param_groups))
@@ -650,7 +643,7 @@ def test_the_file_that_init_param_names_is_the_one_that_is_read(world, official_
 
 
 @pytest.mark.parametrize("kind", ["whisper", "parakeet", "sensevoice"])
-def test_distillation_counts_encoder_frames_whatever_the_encoder(world, tmp_path, request, kind):
+def test_distillation_counts_encoder_frames_whatever_the_encoder(world, tmp_path, request, capsys, kind):
     name = request.getfixturevalue(f"{kind}_folder")
     cfg = ft.finish_config(config(
         CONFIGS[0], f"audio_encoder={name}", "init_param=", "llm=none", "llm_weight=0", "ctc_decoder=none",
@@ -662,6 +655,9 @@ def test_distillation_counts_encoder_frames_whatever_the_encoder(world, tmp_path
     batch = next(ft.batches_of(data["train"], [[0, 3, 5]], parts, cfg, 0, []))
     _, lens = parts["nano"].encode(batch["feats"], batch["lens"])
     assert ft.count_labels(batch, cfg)[2] == int(lens.sum())
+    ft.print_checklist(found, cfg | {"audio_adaptor_conf.n_layer": 9}, verbose=False)
+    said = capsys.readouterr().out
+    assert f"note  audio_adaptor_conf.n_layer=9 changes nothing: {name} has its own" in said and "llm=" not in said
     frame_s = 0.06 if kind == "sensevoice" else 0.01
     assert any(f"frames ({50 * frame_s:.2f} s)" in line for _, title, lines in found for line in lines)
     sums = ft.Finetune(parts, cfg).train()(batch)
@@ -935,6 +931,21 @@ def test_infer_takes_a_run_folder_and_a_merged_folder(finished, official_folder,
     assert "ctc_text" in by_llm and by_llm["duration_s"] == pytest.approx(soundfile.info(clip).duration, abs=0.01)
     words = by_ctc["segments"][0].get("words")
     assert words is None or all(w["start"] <= w["end"] <= by_ctc["duration_s"] + 0.06 for w in words)
+
+
+def test_a_ctc_decoder_that_stacks_frames_has_longer_positions(official_folder, monkeypatch):
+    import infer
+
+    real = model.load_nano
+
+    def stacking(*args):
+        nano, *rest = real(*args)
+        nano.ctc_decoder.stack = 2
+        return nano, *rest
+
+    monkeypatch.setattr(model, "load_nano", stacking)
+    cfg = infer.load_config([f"model.dir={official_folder}"], infer.DEFAULTS)
+    assert infer.load_listener(cfg, torch.device("cpu"), torch.float32).position_s == pytest.approx(0.12)
 
 
 def test_infer_gives_word_times_by_forced_alignment(official_folder, world):
