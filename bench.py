@@ -554,10 +554,9 @@ def inference(world, batch_size):
 
     @mock.patch.object(model, "token_cap", cap_of)
     def ours():
-        texts, bad = {}, []
-        for batch in infer.read_batches(heard, listener.encoder, settings, {}, bad):
-            segments = infer.transcribe(batch, heard, listener, cfg)
-            texts |= {index: segment["text"] for (index, *_), segment in zip(batch, segments)}
+        bad = []
+        batches = infer.read_batches(heard, listener.encoder, settings, {}, bad)
+        texts = {index: segment["text"] for index, _, segment in infer.transcribe(batches, heard, listener, cfg)}
         assert not bad, bad
         return [texts[index] for index in range(len(rows))]
 

@@ -86,7 +86,7 @@ DEFAULTS = {
     "score": True,  # where a row has a target that is not empty
     "ctc": True,  # also give and score the CTC read-out, and SenseVoice's own
     "control.wrong_audio": False,  # give each clip the speech of another text: if errors stay low, nobody listens
-    "data.batch_s": 120.0,  # padded seconds of audio per batch
+    "data.batch_s": 120.0,  # seconds of audio per batch
     "data.max_bad": 100,  # stop when more clips than this cannot be used
     "workers": 2,  # processes that read audio, find pauses and compute features
     "seed": 0,
@@ -98,6 +98,7 @@ AUDIO = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".sph
 ENDINGS = (".txt", ".jsonl", ".srt", ".html", ".json")
 CUE_S, CUE_CHARS, LINE_CHARS = 7.0, 84, 42  # subtitles: two lines of 42 characters, at most 7 s (usual guidelines)
 UNKNOWN_LOG_PROB = -10.0  # a guess: about what CTC gives to a token of which it hears nothing
+UNFINISHED = 16  # clips that the LLM is still writing when the next batch is read
 HOLD_S = 0.5  # a cue stays this much longer: CTC marks where a word is recognised, often before it is over
 EDITS = ("substitutions", "deletions", "insertions")
 KINDS = {"text": "", "ctc_text": "ctc_", "encoder_ctc_text": "encoder_ctc_"}  # transcript -> prefix of its scores
@@ -370,7 +371,7 @@ def header_seconds(path):
 
 
 def read_batches(rows, encoder, cfg, clips, bad):
-    """Longest clips first, in batches of at most data.batch_s padded seconds; stops when there are too many bad ones.
+    """Longest clips first, in batches of at most data.batch_s seconds; stops when there are too many bad ones.
 
     Output  lists of (row index, segment number, features (T, F), start_s, end_s); fills `clips` {index: duration,
             empty segments} and `bad` on the way.
@@ -380,7 +381,7 @@ def read_batches(rows, encoder, cfg, clips, bad):
         Recordings([rows[i] for i in order], encoder, cfg["vad.threshold_s"]), batch_size=None, collate_fn=tuple,
         num_workers=cfg["workers"], multiprocessing_context="fork" if cfg["workers"] else None,
     )
-    batch, longest = [], 0.0
+    batch, total = [], 0.0
     for index, (pieces, seconds, reason) in tqdm(zip(order, loader), total=len(rows), unit="clip", disable=None):
         if reason:
             bad.append({"key": rows[index]["key"], "source": rows[index]["speech"], "reason": reason})
@@ -389,11 +390,11 @@ def read_batches(rows, encoder, cfg, clips, bad):
             continue
         clips[index] = {"duration_s": seconds, "segments": [None] * len(pieces)}
         for number, (feats, start, end) in enumerate(pieces):
-            padded = encoder.num_frames(round((end - start) * encoder.sample_rate)) * encoder.frame_ms / 1000
-            longest = max(longest, padded)
-            if batch and longest * (len(batch) + 1) > cfg["data.batch_s"]:
+            heard_s = encoder.num_frames(round((end - start) * encoder.sample_rate)) * encoder.frame_ms / 1000
+            if batch and total + heard_s > cfg["data.batch_s"]:
                 yield batch
-                batch, longest = [], padded
+                batch, total = [], 0.0
+            total += heard_s
             batch.append((index, number, torch.from_numpy(feats), start, end))
     if batch:
         yield batch
@@ -546,56 +547,96 @@ def known_prefix(listener, ids):
     return listener.prefix[1]
 
 
-@torch.no_grad()
-def transcribe(batch, rows, listener, cfg):
-    """One batch of read_batches -> a segment each: start, end, text, times, words, and the CTC read-outs."""
-    ctc, tokenizer, device = listener.ctc, listener.tokenizer, listener.device
-    lens = torch.tensor([len(feats) for _, _, feats, _, _ in batch])
-    feats = pad_sequence([feats for _, _, feats, _, _ in batch], batch_first=True)  # (B, T, F)
-    with autocast(device, listener.dtype):
-        enc, enc_lens, speech, speech_lens, log_probs, emb_lens = listen(listener, feats.to(device), lens.to(device))
-        own_ctc = cfg["ctc"] and getattr(listener.encoder, "ctc_tokenizer", None) is not None
-        encoder_texts = listener.encoder.ctc_text(enc, enc_lens) if own_ctc else None
-        drafts, counts = [None] * len(batch), [None] * len(batch)
-        if ctc is not None:
-            paths = model.ctc_greedy(log_probs, emb_lens, ctc.blank)
-            drafts = [listener.read_ctc(path) for path in paths]
-            if listener.settings.get("llm.speech") == "ctc":  # then the head is trained, and its count can be trusted
-                counts = [len(path) for path in paths]
-        answers = None
-        if cfg["decode.readout"] == "llm":
-            prompts = [make_prompt(rows[piece[0]], draft if listener.draft else None, listener, cfg)
-                       for piece, draft in zip(batch, drafts)]
-            shared = model.shared_prefix(prompts)
-            spliced = model.splice(listener.llm.get_input_embeddings(), prompts, speech, speech_lens, pad_left=True,
-                                   shared=shared)
-            caps = [cfg["decode.max_new_tokens"] or model.token_cap(end - start, count)
-                    for (*_, start, end), count in zip(batch, counts)]
-            guesses = None
-            if ctc is not None and cfg["decode.speculative"]:
-                guesses = [model.text_to_ids(tokenizer, draft) for draft in drafts]
-            answers, _ = model.greedy_decode(
-                listener.llm, spliced, listener.stop_id, caps, cfg["decode.repetition_penalty"],
-                cfg["decode.no_repeat_ngram_size"], guesses, known_prefix(listener, prompts[0][0][:shared]))
-            if cfg["decode.ctc_weight"] > 0 and ctc is not None:
-                clips = zip(answers, log_probs, emb_lens, prompts, speech, speech_lens)
-                answers = [choose(answer, scores[:length], prompt, heard[:positions], listener, cfg)
-                           for answer, scores, length, prompt, heard, positions in clips]
-    segments = []
-    for n, (_, _, _, start, end) in enumerate(batch):
-        text = drafts[n] if answers is None else tokenizer.decode(answers[n], skip_special_tokens=True).strip()
-        segment = {"start": round(start, 3), "end": round(end, 3), "text": text, "times": "segment"}
-        words = align(log_probs[n, : emb_lens[n]], text, listener) if ctc is not None else []
-        if words:
-            segment["times"], segment["words"] = "ctc", [
-                {"word": word, "start": round(min(start + first, end), 3), "end": round(min(start + last, end), 3)}
-                for word, first, last in words]
-        if cfg["ctc"] and ctc is not None:
-            segment["ctc_text"] = drafts[n]
-        if own_ctc:
-            segment["encoder_ctc_text"] = encoder_texts[n]
-        segments.append(segment)
-    return segments
+def transcribe(batches, rows, listener, cfg):
+    """Batches of read_batches -> (row index, segment number, segment), as they are finished.
+
+    A segment has start, end, text, times, words, and the CTC read-outs. A clip that the LLM is still writing joins the
+    next batch, so that few passes run for a clip alone.
+    """
+    with torch.no_grad(), autocast(listener.device, listener.dtype):
+        if cfg["decode.readout"] == "ctc":
+            for clip in (clip for batch in batches for clip in hear(batch, listener, cfg)):
+                yield clip.index, clip.number, make_segment(clip, clip.draft, listener, cfg)
+            return
+        unfinished = []  # in the order in which the LLM gets them
+        for number, answer, _ in model.decode_stream(
+                listener.llm, ask(batches, rows, listener, cfg, unfinished), listener.stop_id,
+                cfg["decode.repetition_penalty"], cfg["decode.no_repeat_ngram_size"], UNFINISHED):
+            clip, unfinished[number] = unfinished[number], None
+            if cfg["decode.ctc_weight"] > 0 and listener.ctc is not None:
+                answer = choose(answer, clip.log_probs, clip.prompt, clip.speech, listener, cfg)
+            text = listener.tokenizer.decode(answer, skip_special_tokens=True).strip()
+            yield clip.index, clip.number, make_segment(clip, text, listener, cfg)
+
+
+def longest_first(lengths, device):
+    """Indices in batches of like length: padding may cost as much as a further pass would, and no more."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    runs = model.cut_runs([lengths[i] for i in order], model.PASS_COSTS[device.type])
+    return [order[first:end] for first, end in runs]
+
+
+def hear(batch, listener, cfg):
+    """Encoder, adaptor and CTC: for each piece of a batch what the LLM hears, and the CTC read-outs.
+
+    Output  list of namespaces: index, number, start, end, speech (K, D) or None, log_probs (S, V + 1), path and its
+            text `draft` (None without a CTC head), encoder_text (SenseVoice's own CTC, or None).
+    """
+    heard, ctc, features = [], listener.ctc, [feats for _, _, feats, _, _ in batch]
+    own_ctc = cfg["ctc"] and getattr(listener.encoder, "ctc_tokenizer", None) is not None
+    for run in longest_first(list(map(len, features)), listener.device):
+        lens = torch.tensor([len(features[n]) for n in run]).to(listener.device)
+        feats = pad_sequence([features[n] for n in run], batch_first=True).to(listener.device)  # (B, T, F)
+        enc, enc_lens, speech, speech_lens, log_probs, emb_lens = listen(listener, feats, lens)
+        texts = listener.encoder.ctc_text(enc, enc_lens) if own_ctc else [None] * len(run)
+        paths = model.ctc_greedy(log_probs, emb_lens, ctc.blank) if ctc is not None else [None] * len(run)
+        for slot, n in enumerate(run):
+            index, number, _, start, end = batch[n]
+            heard.append(SimpleNamespace(
+                index=index, number=number, start=start, end=end, path=paths[slot], encoder_text=texts[slot],
+                speech=None if speech is None else speech[slot, : speech_lens[slot]],
+                log_probs=None if ctc is None else log_probs[slot, : emb_lens[slot]],
+                draft=None if ctc is None else listener.read_ctc(paths[slot])))
+    return heard
+
+
+def ask(batches, rows, listener, cfg, asked):
+    """Batches of read_batches -> those of model.decode_stream, whose clips are appended to `asked` in their order."""
+    embed = listener.llm.get_input_embeddings()
+    for batch in batches:
+        clips = hear(batch, listener, cfg)
+        for clip in clips:
+            clip.prompt = make_prompt(rows[clip.index], clip.draft if listener.draft else None, listener, cfg)
+            # where speech is CTC's, its head is trained and its count can be trusted
+            count = len(clip.path) if listener.settings.get("llm.speech") == "ctc" else None
+            clip.cap = cfg["decode.max_new_tokens"] or model.token_cap(clip.end - clip.start, count)
+            guessing = clip.draft is not None and cfg["decode.speculative"]
+            clip.guess = model.text_to_ids(listener.tokenizer, clip.draft) if guessing else None
+        shared = model.shared_prefix([clip.prompt for clip in clips])
+        prefix = known_prefix(listener, clips[0].prompt[0][:shared])
+        lengths = [sum(map(len, (*clip.prompt, clip.speech, clip.guess or ()))) - shared for clip in clips]
+        for run in longest_first(lengths, listener.device):
+            part = [clips[n] for n in run]
+            asked += part
+            spliced = model.splice(
+                embed, [clip.prompt for clip in part], pad_sequence([clip.speech for clip in part], True),
+                torch.tensor([len(clip.speech) for clip in part]), pad_left=True, shared=shared)
+            yield spliced, [clip.cap for clip in part], [clip.guess for clip in part], prefix
+
+
+def make_segment(clip, text, listener, cfg):
+    """Text, times and CTC read-outs of one piece of a clip."""
+    segment = {"start": round(clip.start, 3), "end": round(clip.end, 3), "text": text, "times": "segment"}
+    words = align(clip.log_probs, text, listener) if listener.ctc is not None else []
+    if words:
+        segment["times"], segment["words"] = "ctc", [
+            {"word": word, "start": round(min(clip.start + first, clip.end), 3),
+             "end": round(min(clip.start + last, clip.end), 3)} for word, first, last in words]
+    if cfg["ctc"] and listener.ctc is not None:
+        segment["ctc_text"] = clip.draft
+    if clip.encoder_text is not None:
+        segment["encoder_ctc_text"] = clip.encoder_text
+    return segment
 
 
 def choose(answer, log_probs, prompt, speech, listener, cfg):
@@ -903,9 +944,9 @@ def main(cfg):
     print(f"{len(rows)} clips | encoder {listener.settings['encoder.name']}, LLM {listener.settings['llm.name']}, "
           f"device {device}, {dtype}, torch {torch.__version__}, seed {cfg['seed']}", flush=True)
     started, clips, bad = time.time(), {}, []
-    for batch in read_batches(rows, listener.encoder, cfg, clips, bad):
-        for (index, number, *_), segment in zip(batch, transcribe(batch, rows, listener, cfg)):
-            clips[index]["segments"][number] = segment
+    batches = read_batches(rows, listener.encoder, cfg, clips, bad)
+    for index, number, segment in transcribe(batches, rows, listener, cfg):
+        clips[index]["segments"][number] = segment
     seconds = time.time() - started
     if outputs:
         lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in bad]

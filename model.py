@@ -21,6 +21,7 @@ import os
 import re
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import soundfile
@@ -34,6 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 IGNORE = -100  # label that cross-entropy skips, as in transformers
 AUDIO_MARK = "<|earshot-audio|>"  # stands for the audio while the chat template is rendered; never tokenised
+PASS_COSTS = {"cpu": 64, "cuda": 2000}  # a pass of an LLM takes as long as so many positions more (cuda: a guess)
 LFR_M, LFR_N = 7, 6  # FunASR's low frame rate: 7 frames of 10 ms stacked every 6, so 60 ms a frame
 
 
@@ -1083,97 +1085,197 @@ def read_prefix(llm, ids):
     return cache
 
 
-@torch.no_grad()
 def greedy_decode(llm, spliced, stop_id, max_new_tokens, repetition_penalty=1.0, no_repeat_ngram_size=0, drafts=None,
                   prefix=None):
-    """Greedy decoding from spliced embeddings (left-padded), finished rows dropped on the way.
+    """decode_stream of one batch. Output: (list of id lists, list of sums of log-probabilities)."""
+    batch = spliced, max_new_tokens, drafts, prefix
+    _, answers, scores = zip(*sorted(decode_stream(llm, [batch], stop_id, repetition_penalty, no_repeat_ngram_size)))
+    return list(answers), list(scores)
 
-    Input   max_new_tokens: list with one cap per row (from the clip's duration). A row that repeats itself
-            (cut_loop) is cut back to one copy: a loop is never a transcript.
-            drafts: a guess at each answer, list of id lists, for speculative decoding: the LLM reads the guess in the
-            same pass as the prompt and keeps it up to the first token that it would not have written itself. The
-            answers are those without drafts, in fewer passes. Ignored where repetition is penalised.
-            prefix: from read_prefix, of the first `shared` positions that `splice` has put before the padding.
-    Output  (list of id lists without the stop token, list of sums of log-probabilities).
+
+@torch.no_grad()
+def decode_stream(llm, batches, stop_id, repetition_penalty=1.0, no_repeat_ngram_size=0, few=0):
+    """Greedy decoding from spliced embeddings, batch after batch; rows leave as soon as they are finished.
+
+    Input   batches: iterable of (spliced, max_new_tokens, drafts, prefix), each read in a pass of its own.
+            spliced: left-padded; prefix: from read_prefix, of the first `shared` positions that `splice` has put before
+            the padding, or None.
+            max_new_tokens: list with one cap per row (from the clip's duration). A row that repeats itself (cut_loop)
+            is cut back to one copy: a loop is never a transcript.
+            drafts: a guess at each answer, list of id lists, or None; for speculative decoding: the LLM reads the guess
+            in the same pass as the prompt and keeps it up to the first token that it would not have written itself,
+            then next_guess. The answers are those without drafts, in fewer passes. Ignored where repetition is
+            penalised.
+            few: the next batch is begun when so many rows are left; they go on together with it (continuous batching).
+    Output  yields (number of the row, counted over all batches; ids without the stop token; sum of log-probabilities).
     """
     from transformers import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
     processors = [RepetitionPenaltyLogitsProcessor(repetition_penalty)] if repetition_penalty != 1.0 else []
     if no_repeat_ngram_size:
         processors.append(NoRepeatNGramLogitsProcessor(no_repeat_ngram_size))
-    device, rows = spliced["inputs_embeds"].device, len(max_new_tokens)
-    answers, scores, alive = [[] for _ in range(rows)], [0.0] * rows, list(range(rows))
-    guesses = [[] for _ in range(rows)] if drafts is None or processors else [list(draft) for draft in drafts]
-    cache = copy.deepcopy(prefix) if prefix is not None else read_prefix(llm, [])
-    shared = cache.get_seq_length()
-    if shared:
-        cache.batch_repeat_interleave(rows)
-    mask, position = spliced["attention_mask"], spliced["position_ids"][:, shared:]
-    step_input = {"inputs_embeds": spliced["inputs_embeds"][:, shared:]}
-    while True:
-        width = max(len(guesses[row]) for row in alive)
-        if width:
-            step_input, mask, position = append_guesses(llm, step_input, mask, position, [guesses[r] for r in alive])
-        hidden = llm.model(**step_input, attention_mask=mask, position_ids=position, past_key_values=cache,
-                           use_cache=True).last_hidden_state
-        ranked = llm.lm_head(hidden[:, -1 - width :]).float()  # (alive, 1 + width, V); processors work on logits
-        scored = ranked
-        for processor in processors:
-            said = torch.tensor([answers[i] for i in alive], dtype=torch.long, device=device)
-            ranked = processor(said, ranked[:, 0])[:, None]
-        chosen = ranked.argmax(-1)  # (alive, 1 + width): what follows the known text, and each guessed token
-        gained = (scored.gather(2, chosen[..., None])[..., 0] - scored.logsumexp(-1)).tolist()  # log-probabilities
-        going, agreed = [], []
-        for slot, (row, tokens) in enumerate(zip(alive, chosen.tolist())):
-            guess, right = guesses[row], 0
+
+    def advance(part):
+        """One pass: each row writes a token, and as much of its guess as it would have written; yields the finished."""
+        most = max(1, PASS_COSTS[part.mask.device.type] // len(part.rows))  # in the first pass a guess is whole
+        offered = [row.guess[: most if row.answer else None] for row in part.rows]
+        ranked = scored = read_pass(llm, part, offered)  # (rows and all that is offered, V)
+        for processor in processors:  # they work on logits
+            said = [torch.tensor([row.answer], dtype=torch.long, device=ranked.device) for row in part.rows]
+            ranked = torch.cat([processor(ids, logits) for ids, logits in zip(said, ranked.split(1))])
+        chosen = ranked.argmax(-1)
+        gained = scored.gather(1, chosen[:, None])[:, 0] - scored.logsumexp(-1)  # log-probabilities
+        going, agreed, written, chosen, gained = [], [], [], iter(chosen.tolist()), iter(gained.tolist())
+        for slot, (row, guess) in enumerate(zip(part.rows, offered)):
+            tokens, log_probs = ([next(values) for _ in range(1 + len(guess))] for values in (chosen, gained))
+            right = 0
             while True:
-                scores[row] += gained[slot][right]
-                goes_on = add_token(answers[row], tokens[right], stop_id, max_new_tokens[row])
+                row.score += log_probs[right]
+                goes_on = add_token(row.answer, tokens[right], stop_id, row.cap)
                 if not goes_on or right == len(guess) or guess[right] != tokens[right]:
                     break
                 right += 1
             if goes_on:
                 going.append(slot)
                 agreed.append(right)
-                guesses[row] = rest_of_guess(guess[right:], tokens[right])
-        if not going:
-            return answers, scores
-        keep, agreed = torch.tensor([going, agreed], device=device)
-        if len(going) < len(alive):
-            cache.batch_select_indices(keep)
-            mask, position, chosen, alive = mask[keep], position[keep], chosen[keep], [alive[s] for s in going]
-        if width:  # what was guessed wrong leaves the cache; where another row was right, the mask has a hole
-            known, longest = mask.shape[1] - width, int(agreed.max())
-            if longest < width:
-                cache.crop(longest - width)
-            mask = torch.cat([mask[:, :known], length_mask(agreed, longest).to(mask.dtype)], dim=1)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        position = position[:, -1 - width, None] + 1 + agreed[:, None]
-        step_input = {"input_ids": chosen.gather(1, agreed[:, None])}
+                written.append([tokens[right]])
+                row.guess = next_guess(row.answer, row.guess[right:]) if row.drafted else []
+            else:
+                yield row.number, row.answer, row.score
+        keep_agreed(part, max(map(len, offered)), going, agreed, written)
+
+    part, number = None, 0
+    for spliced, caps, drafts, prefix in batches:
+        rows = []
+        for cap, draft in zip(caps, [None] * len(caps) if drafts is None or processors else drafts, strict=True):
+            rows.append(SimpleNamespace(number=number, answer=[], score=0.0, cap=cap, drafted=draft is not None,
+                                        guess=list(draft or [])))
+            number += 1
+        cache = copy.deepcopy(prefix) if prefix is not None else read_prefix(llm, [])
+        shared = cache.get_seq_length()
+        if shared:
+            cache.batch_repeat_interleave(len(rows))
+        new = SimpleNamespace(
+            rows=rows, cache=cache, mask=spliced["attention_mask"], position=spliced["position_ids"][:, shared:],
+            inputs={"inputs_embeds": spliced["inputs_embeds"][:, shared:]})
+        yield from advance(new)
+        part = join_parts(part, new)
+        # a layer with a sliding window counts what it has seen, so that its rows cannot be joined
+        limit = 0 if any(layer.is_sliding for layer in cache.layers) else few
+        while len(part.rows) > limit:
+            yield from advance(part)
+    while part is not None and part.rows:
+        yield from advance(part)
 
 
-def append_guesses(llm, step_input, mask, position, guesses):
+def read_pass(llm, part, guesses):
+    """The LLM reads what comes next in each row and the guess behind it (list of id lists).
+
+    Output  logits (N, V) fp32 of each row's last known position and its guess, row after row; padding has none.
+    """
+    inputs, mask, position = part.inputs, part.mask, part.position
+    width = max(map(len, guesses))
+    if width:
+        inputs, mask, position = append_guesses(llm, inputs, mask, position, guesses)
+    hidden = llm.model(**inputs, attention_mask=mask, position_ids=position, past_key_values=part.cache,
+                       use_cache=True).last_hidden_state
+    first = hidden.shape[1] - 1 - width
+    places = [(slot, first + n) for slot, guess in enumerate(guesses) for n in range(1 + len(guess))]
+    return llm.lm_head(hidden[tuple(torch.tensor(places, device=hidden.device).T)]).float()
+
+
+def keep_agreed(part, width, going, agreed, written):
+    """After a pass over guesses up to `width` long: the rows in the slots `going` stay, with the first `agreed` ids of
+    their guesses, and read what they have `written` next.
+
+    What was guessed wrong leaves the cache; where another row was right, the mask has a hole.
+    """
+    finished = len(going) < len(part.rows)
+    part.rows = [part.rows[slot] for slot in going]
+    if not going:
+        return
+    keep, agreed = torch.tensor([going, agreed], device=part.mask.device)
+    if finished:
+        part.cache.batch_select_indices(keep)
+        part.mask, part.position = part.mask[keep], part.position[keep]
+    longest = int(agreed.max())
+    if longest < width:
+        part.cache.crop(longest - width)
+    ones = part.mask.new_ones(len(keep), 1)
+    part.mask = torch.cat([part.mask, length_mask(agreed, longest).to(part.mask.dtype), ones], dim=1)
+    part.position = part.position[:, -1:] + 1 + agreed[:, None]
+    part.inputs = {"input_ids": torch.tensor(written, device=part.mask.device)}
+
+
+def join_parts(old, new):
+    """Unfinished rows of two batches as one, padded on the left to the longer."""
+    if old is None or not old.rows or not new.rows:
+        return old if old is not None and old.rows else new
+    gap = new.mask.shape[1] - old.mask.shape[1]
+
+    def joined(first, second, dim):  # padding goes in front of `dim`, counted from the end
+        front = (0, 0) * (dim - 1)
+        return torch.cat([F.pad(first, (*front, max(gap, 0), 0)), F.pad(second, (*front, max(-gap, 0), 0))])
+
+    for layer, other in zip(old.cache.layers, new.cache.layers):
+        layer.keys, layer.values = joined(layer.keys, other.keys, 2), joined(layer.values, other.values, 2)
+    return SimpleNamespace(
+        rows=old.rows + new.rows, cache=old.cache, mask=joined(old.mask, new.mask, 1),
+        position=torch.cat([old.position, new.position]),
+        inputs={"input_ids": torch.cat([old.inputs["input_ids"], new.inputs["input_ids"]])})
+
+
+def cut_runs(lengths, spare):
+    """Where to cut a descending list of lengths into batches: the least padded positions, each pass counting `spare`.
+
+    Output  list of (first, end).
+    """
+    best, cuts = [0], [0]  # of the first n: the cost, and where their last run begins
+    for end in range(1, len(lengths) + 1):
+        cost, first = min((best[first] + spare + lengths[first] * (end - first), first) for first in range(end))
+        best.append(cost)
+        cuts.append(first)
+    runs, end = [], len(lengths)
+    while end:
+        runs.insert(0, (cuts[end], end))
+        end = cuts[end]
+    return runs
+
+
+def append_guesses(llm, inputs, mask, position, guesses):
     """Put guesses (list of id lists) behind what the LLM reads next, padded on the right."""
     lens = torch.tensor([len(guess) for guess in guesses], device=mask.device)
     ids = pad_sequence([torch.tensor(guess, dtype=torch.long) for guess in guesses], True).to(mask.device)
-    if "input_ids" in step_input:
-        step_input = {"input_ids": torch.cat([step_input["input_ids"], ids], dim=1)}
+    if "input_ids" in inputs:
+        inputs = {"input_ids": torch.cat([inputs["input_ids"], ids], dim=1)}
     else:
-        embeds = step_input["inputs_embeds"]
+        embeds = inputs["inputs_embeds"]
         words = llm.get_input_embeddings()(ids).to(embeds.dtype)
-        step_input = {"inputs_embeds": torch.cat([embeds, words], dim=1)}
+        inputs = {"inputs_embeds": torch.cat([embeds, words], dim=1)}
     steps = torch.arange(1, ids.shape[1] + 1, device=mask.device)
     mask = torch.cat([mask, length_mask(lens, ids.shape[1]).to(mask.dtype)], dim=1)
-    return step_input, mask, torch.cat([position, position[:, -1:] + steps], dim=1)
+    return inputs, mask, torch.cat([position, position[:, -1:] + steps], dim=1)
 
 
-def rest_of_guess(rest, token):
-    """What of a guess is still worth reading after the LLM wrote `token` where it continues with `rest`.
+def next_guess(answer, rest, longest=16):
+    """What may follow the answer, which ended with another token than the guess had there; `rest` begins with that.
 
-    Where the token comes soon the guess had something too much; else it had another token in its place.
+    Where the last two tokens stand in the rest, it goes on behind them; else where the last one comes soon, for then
+    the guess had something too much. Where the answer has had the two before, it may repeat itself (prompt lookup, as
+    transformers calls it). Else the guess had another token in this place.
     """
-    soon = rest[:4]
-    return rest[soon.index(token) + 1 :] if token in soon else rest[1:]
+    token, pair, soon = answer[-1], answer[-2:], rest[:4]
+    if token in soon[:1]:  # the guess was right, but not all of it was offered
+        return rest[1:]
+    for n in range(len(rest) - 1):
+        if rest[n : n + 2] == pair:
+            return rest[n + 2 :]
+    if token in soon:
+        return rest[soon.index(token) + 1 :]
+    for n in range(len(answer) - 3, -1, -1):
+        if answer[n : n + 2] == pair:
+            return answer[n + 2 :][:longest]
+    return rest[1:]
 
 
 @torch.no_grad()

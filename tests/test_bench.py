@@ -80,7 +80,7 @@ BROKEN = {
     "phase1_step": (train_phase1, "info_nce", lambda loss: 1.01 * loss),
     "phase2_step": (model, "transcript_loss", lambda made: (1.01 * made[0], *made[1:])),
     "finetune_step": (finetune_encoder.AudioClips, "featurise", lambda made: (made[0].flip(0), made[1])),
-    "infer_batch32": (model, "greedy_decode", lambda made: ([ids[:-1] for ids in made[0]], made[1])),
+    "infer_batch32": (model, "decode_stream", lambda made: [(n, ids[:-1], score) for n, ids, score in made]),
 }  # fmt: skip
 
 

@@ -78,6 +78,14 @@ def test_a_batch_equals_single_clips_and_the_order_is_that_of_the_inputs(world, 
     assert list(texts(outcome)) == [row["key"] for row in model.read_manifest(world.manifest)]
 
 
+@pytest.mark.parametrize("spare", [0, 10**9])
+@pytest.mark.parametrize("few", [0, 3, 100])
+def test_how_clips_share_passes_changes_nothing(world, outcome, monkeypatch, spare, few):
+    monkeypatch.setattr(model, "PASS_COSTS", {"cpu": spare})
+    monkeypatch.setattr(infer, "UNFINISHED", few)
+    assert call(infer, world.dir, world.manifest, "data.batch_s=1.5")["results"] == outcome["results"]
+
+
 def test_speculative_decoding_changes_no_text(world, outcome):
     assert call(infer, world.dir, world.manifest, "decode.speculative=false")["results"] == outcome["results"]
 
@@ -484,14 +492,14 @@ def test_differences_are_marked(reference, hypothesis, expected):
 def test_translation_is_the_llms_own_without_lora(world, outcome, monkeypatch):
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    real, switched = model.greedy_decode, []
+    real, switched = model.decode_stream, []
 
-    def greedy_decode(llm, *rest):
+    def decode_stream(llm, *rest):
         switched.append({part.disable_adapters for part in llm.modules() if isinstance(part, BaseTunerLayer)})
         return real(llm, *rest)
 
     prefixes, read = [], model.read_prefix
-    monkeypatch.setattr(model, "greedy_decode", greedy_decode)
+    monkeypatch.setattr(model, "decode_stream", decode_stream)
     monkeypatch.setattr(model, "read_prefix", lambda llm, ids: prefixes.append(list(ids)) or read(llm, ids))
     got = call(infer, world.dir, world.manifest, "translate=English")
     assert len([ids for ids in prefixes if ids]) == 1  # what stands before the audio, once for all

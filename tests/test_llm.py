@@ -419,6 +419,88 @@ def test_drafts_change_no_answer_that_stops_or_loops(llm, tokenizer):
             plain_and_drafted(llm, spliced, make_draft, stop, (60, 3, 60))
 
 
+def count_passes(llm, monkeypatch):
+    """List that grows by the number of rows with every pass of the LLM."""
+    passes, real = [], llm.model.forward
+
+    def forward(*args, **inputs):
+        passes.append(len(inputs["attention_mask"]))
+        return real(*args, **inputs)
+
+    monkeypatch.setattr(llm.model, "forward", forward)
+    return passes
+
+
+@pytest.mark.parametrize("drafted", [False, True])
+@pytest.mark.parametrize("prefixed", [False, True])
+@pytest.mark.parametrize("few", [0, 1, 2, 100])
+def test_rows_that_go_on_with_the_next_batch_keep_their_answers(
+        llm, tokenizer, no_loop_cut, monkeypatch, drafted, prefixed, few):
+    """Batches of other widths and other prompts; each row's answer and score are those of its row alone."""
+    embed, batches, expected = llm.get_input_embeddings(), [], []
+    for seed, (words, lens) in enumerate(((("one", None, "press two"), [7, 2, 5]), ((None,), [11]),
+                                          (("a b c d", "two"), [1, 3]))):
+        prompts = [model.build_prompt(tokenizer, PROMPT + "!" * seed, draft) for draft in words]
+        speech = torch.randn(len(lens), max(lens), 48, generator=torch.Generator().manual_seed(seed)) * 0.2
+        shared = model.shared_prefix(prompts) if prefixed else 0
+        spliced = model.splice(embed, prompts, speech, torch.tensor(lens), pad_left=True, shared=shared)
+        caps = [STEPS - n * (seed + 1) for n in range(len(lens))]
+        for n, cap in enumerate(caps):
+            answer, score = model.greedy_decode(llm, row(spliced, n), NO_STOP, [cap])
+            expected.append((len(expected), answer[0], pytest.approx(score[0], abs=1e-3)))
+        drafts = [answer[: 2 + n] + [7] for n, (_, answer, _) in enumerate(expected[-len(lens) :])] if drafted else None
+        prefix = model.read_prefix(llm, prompts[0][0][:shared]) if prefixed else None
+        batches.append((spliced, caps, drafts, prefix))
+    passes = count_passes(llm, monkeypatch)
+    found = list(model.decode_stream(llm, iter(batches), NO_STOP, few=few))
+    assert sorted(found) == expected
+    assert max(passes) == {0: 3, 1: 3, 2: 4, 100: 6}[few] or drafted
+    if few == 100 and not drafted:
+        assert len(passes) == 3 + STEPS - 1  # of its own for each batch, then together
+
+
+def test_rows_of_a_sliding_window_are_not_joined(tokenizer, no_loop_cut, monkeypatch):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    llm = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=450, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, initializer_range=0.2, use_sliding_window=True, sliding_window=64,
+        max_window_layers=1)).eval()
+    batches = [(example_batch(llm, tokenizer, True, False, seed), [STEPS, 3, 7], None, None) for seed in (0, 1)]
+    expected = [a for batch in batches for a in model.greedy_decode(llm, batch[0], NO_STOP, batch[1])[0]]
+    passes = count_passes(llm, monkeypatch)
+    found = sorted(model.decode_stream(llm, batches, NO_STOP, few=100))
+    assert [answer for _, answer, _ in found] == expected and max(passes) == 3
+
+
+def test_what_is_guessed_next():
+    draft = [1, 2, 3, 4, 5, 6, 7, 8]
+    assert model.next_guess([1], [1, 2, 3]) == [2, 3]  # right, but not all was offered
+    assert model.next_guess([1, 9], draft[1:]) == draft[2:]  # another token in its place
+    assert model.next_guess([1, 3], draft[1:]) == draft[3:]  # one left out
+    assert model.next_guess([1, 6, 7], draft[1:]) == [8]  # many left out
+    assert model.next_guess([1, 2, 3, 4, 9, 1, 2], []) == [3, 4, 9, 1, 2]  # as it was before
+    assert model.next_guess([5, 1, 2, 6, 1, 2, 7, 1, 2], []) == [7, 1, 2]  # the last time counts
+    assert model.next_guess([1, 2, *range(10, 40), 1, 2], [], longest=3) == [10, 11, 12]
+    assert model.next_guess([4], []) == []
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_runs_have_the_least_cost(seed):
+    rng = random.Random(seed)
+    lengths, spare = sorted((rng.randint(1, 30) for _ in range(9)), reverse=True), rng.choice([0, 5, 20, 1000])
+
+    def cost(cuts):
+        return sum(spare + lengths[first] * (end - first) for first, end in zip([0, *cuts], [*cuts, 9]))
+
+    best = min(cost([n for n in range(1, 9) if bits >> n & 1]) for bits in range(0, 512, 2))
+    runs = model.cut_runs(lengths, spare)
+    assert [first for first, _ in runs] == [0, *(end for _, end in runs[:-1])] and runs[-1][1] == 9
+    assert cost([first for first, _ in runs[1:]]) == best
+    assert model.cut_runs([], spare) == []
+
+
 def test_drafts_are_ignored_where_repetition_is_penalised(llm, tokenizer, no_loop_cut):
     spliced, options = example_batch(llm, tokenizer, pad_left=True, targets=False), {"repetition_penalty": 1.5}
     plain = model.greedy_decode(llm, spliced, NO_STOP, [STEPS] * 3, **options)
