@@ -553,6 +553,7 @@ def inference(world, batch_size):
     settings["data.batch_s"] *= batch_size > 1  # 0: every clip alone
 
     @mock.patch.object(model, "token_cap", cap_of)
+    @mock.patch.object(infer, "UNFINISHED", infer.UNFINISHED if batch_size > 1 else 0)
     def ours():
         bad = []
         batches = infer.read_batches(heard, listener.encoder, settings, {}, bad)

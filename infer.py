@@ -86,7 +86,7 @@ DEFAULTS = {
     "score": True,  # where a row has a target that is not empty
     "ctc": True,  # also give and score the CTC read-out, and SenseVoice's own
     "control.wrong_audio": False,  # give each clip the speech of another text: if errors stay low, nobody listens
-    "data.batch_s": 120.0,  # seconds of audio per batch
+    "data.batch_s": 120.0,  # padded seconds of audio per batch
     "data.max_bad": 100,  # stop when more clips than this cannot be used
     "workers": 2,  # processes that read audio, find pauses and compute features
     "seed": 0,
@@ -323,6 +323,7 @@ class Recordings(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.rows)
 
+    @torch.autocast("cpu", enabled=False)  # its reader may be under autocast; features are fp32 everywhere
     def __getitem__(self, index):
         row, rate = self.rows[index], self.encoder.sample_rate
         try:
@@ -371,7 +372,7 @@ def header_seconds(path):
 
 
 def read_batches(rows, encoder, cfg, clips, bad):
-    """Longest clips first, in batches of at most data.batch_s seconds; stops when there are too many bad ones.
+    """Longest clips first, in batches of at most data.batch_s padded seconds; stops when there are too many bad ones.
 
     Output  lists of (row index, segment number, features (T, F), start_s, end_s); fills `clips` {index: duration,
             empty segments} and `bad` on the way.
@@ -381,7 +382,7 @@ def read_batches(rows, encoder, cfg, clips, bad):
         Recordings([rows[i] for i in order], encoder, cfg["vad.threshold_s"]), batch_size=None, collate_fn=tuple,
         num_workers=cfg["workers"], multiprocessing_context="fork" if cfg["workers"] else None,
     )
-    batch, total = [], 0.0
+    batch, longest = [], 0.0
     for index, (pieces, seconds, reason) in tqdm(zip(order, loader), total=len(rows), unit="clip", disable=None):
         if reason:
             bad.append({"key": rows[index]["key"], "source": rows[index]["speech"], "reason": reason})
@@ -390,11 +391,11 @@ def read_batches(rows, encoder, cfg, clips, bad):
             continue
         clips[index] = {"duration_s": seconds, "segments": [None] * len(pieces)}
         for number, (feats, start, end) in enumerate(pieces):
-            heard_s = encoder.num_frames(round((end - start) * encoder.sample_rate)) * encoder.frame_ms / 1000
-            if batch and total + heard_s > cfg["data.batch_s"]:
+            padded = encoder.num_frames(round((end - start) * encoder.sample_rate)) * encoder.frame_ms / 1000
+            longest = max(longest, padded)
+            if batch and longest * (len(batch) + 1) > cfg["data.batch_s"]:
                 yield batch
-                batch, total = [], 0.0
-            total += heard_s
+                batch, longest = [], padded
             batch.append((index, number, torch.from_numpy(feats), start, end))
     if batch:
         yield batch
@@ -547,30 +548,32 @@ def known_prefix(listener, ids):
     return listener.prefix[1]
 
 
+@torch.no_grad()
 def transcribe(batches, rows, listener, cfg):
-    """Batches of read_batches -> (row index, segment number, segment), as they are finished.
+    """Batches of read_batches -> list of (row index, segment number, segment), in the order in which they were done.
 
     A segment has start, end, text, times, words, and the CTC read-outs. A clip that the LLM is still writing joins the
     next batch, so that few passes run for a clip alone.
     """
-    with torch.no_grad(), autocast(listener.device, listener.dtype):
+    done, asked = [], []
+    with autocast(listener.device, listener.dtype):
         if cfg["decode.readout"] == "ctc":
             for clip in (clip for batch in batches for clip in hear(batch, listener, cfg)):
-                yield clip.index, clip.number, make_segment(clip, clip.draft, listener, cfg)
-            return
-        unfinished = []  # in the order in which the LLM gets them
-        for number, answer, _ in model.decode_stream(
-                listener.llm, ask(batches, rows, listener, cfg, unfinished), listener.stop_id,
+                done.append((clip.index, clip.number, make_segment(clip, clip.draft, listener, cfg)))
+            return done
+        for place, answer, _ in model.decode_stream(
+                listener.llm, ask(batches, rows, listener, cfg, asked), listener.stop_id,
                 cfg["decode.repetition_penalty"], cfg["decode.no_repeat_ngram_size"], UNFINISHED):
-            clip, unfinished[number] = unfinished[number], None
+            clip, asked[place] = asked[place], None
             if cfg["decode.ctc_weight"] > 0 and listener.ctc is not None:
                 answer = choose(answer, clip.log_probs, clip.prompt, clip.speech, listener, cfg)
             text = listener.tokenizer.decode(answer, skip_special_tokens=True).strip()
-            yield clip.index, clip.number, make_segment(clip, text, listener, cfg)
+            done.append((clip.index, clip.number, make_segment(clip, text, listener, cfg)))
+    return done
 
 
-def longest_first(lengths, device):
-    """Indices in batches of like length: padding may cost as much as a further pass would, and no more."""
+def runs_of_like_length(lengths, device):
+    """Indices in batches, longest first: padding costs at most what a further pass would."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     runs = model.cut_runs([lengths[i] for i in order], model.PASS_COSTS[device.type])
     return [order[first:end] for first, end in runs]
@@ -579,12 +582,12 @@ def longest_first(lengths, device):
 def hear(batch, listener, cfg):
     """Encoder, adaptor and CTC: for each piece of a batch what the LLM hears, and the CTC read-outs.
 
-    Output  list of namespaces: index, number, start, end, speech (K, D) or None, log_probs (S, V + 1), path and its
-            text `draft` (None without a CTC head), encoder_text (SenseVoice's own CTC, or None).
+    Output  list of namespaces, longest first: index, number, start, end, speech (K, D) or None, log_probs (S, V + 1),
+            path and its text `draft` (None without a CTC head), encoder_text (SenseVoice's own CTC, or None).
     """
     heard, ctc, features = [], listener.ctc, [feats for _, _, feats, _, _ in batch]
     own_ctc = cfg["ctc"] and getattr(listener.encoder, "ctc_tokenizer", None) is not None
-    for run in longest_first(list(map(len, features)), listener.device):
+    for run in runs_of_like_length(list(map(len, features)), listener.device):
         lens = torch.tensor([len(features[n]) for n in run]).to(listener.device)
         feats = pad_sequence([features[n] for n in run], batch_first=True).to(listener.device)  # (B, T, F)
         enc, enc_lens, speech, speech_lens, log_probs, emb_lens = listen(listener, feats, lens)
@@ -592,10 +595,10 @@ def hear(batch, listener, cfg):
         paths = model.ctc_greedy(log_probs, emb_lens, ctc.blank) if ctc is not None else [None] * len(run)
         for slot, n in enumerate(run):
             index, number, _, start, end = batch[n]
-            heard.append(SimpleNamespace(
+            heard.append(SimpleNamespace(  # copies: a view would keep the whole run in memory
                 index=index, number=number, start=start, end=end, path=paths[slot], encoder_text=texts[slot],
-                speech=None if speech is None else speech[slot, : speech_lens[slot]],
-                log_probs=None if ctc is None else log_probs[slot, : emb_lens[slot]],
+                speech=None if speech is None else speech[slot, : speech_lens[slot]].clone(),
+                log_probs=None if ctc is None else log_probs[slot, : emb_lens[slot]].clone(),
                 draft=None if ctc is None else listener.read_ctc(paths[slot])))
     return heard
 
@@ -615,13 +618,15 @@ def ask(batches, rows, listener, cfg, asked):
         shared = model.shared_prefix([clip.prompt for clip in clips])
         prefix = known_prefix(listener, clips[0].prompt[0][:shared])
         lengths = [sum(map(len, (*clip.prompt, clip.speech, clip.guess or ()))) - shared for clip in clips]
-        for run in longest_first(lengths, listener.device):
+        for run in runs_of_like_length(lengths, listener.device):
             part = [clips[n] for n in run]
             asked += part
-            spliced = model.splice(
-                embed, [clip.prompt for clip in part], pad_sequence([clip.speech for clip in part], True),
-                torch.tensor([len(clip.speech) for clip in part]), pad_left=True, shared=shared)
-            yield spliced, [clip.cap for clip in part], [clip.guess for clip in part], prefix
+            prompts, speeches = [clip.prompt for clip in part], [clip.speech for clip in part]
+            yield (
+                model.splice(embed, prompts, pad_sequence(speeches, True), torch.tensor(list(map(len, speeches))),
+                             pad_left=True, shared=shared),
+                [clip.cap for clip in part], [clip.guess for clip in part], prefix)
+        del clips, clip, part, prompts, speeches  # what is finished can leave the memory before more is heard
 
 
 def make_segment(clip, text, listener, cfg):

@@ -35,7 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 IGNORE = -100  # label that cross-entropy skips, as in transformers
 AUDIO_MARK = "<|earshot-audio|>"  # stands for the audio while the chat template is rendered; never tokenised
-PASS_COSTS = {"cpu": 64, "cuda": 2000}  # a pass of an LLM takes as long as so many positions more (cuda: a guess)
+PASS_COSTS = {"cpu": 64, "cuda": 2000}  # a pass takes about as long as so many positions more (cuda: a guess)
 LFR_M, LFR_N = 7, 6  # FunASR's low frame rate: 7 frames of 10 ms stacked every 6, so 60 ms a frame
 
 
@@ -1110,13 +1110,15 @@ def decode_stream(llm, batches, stop_id, repetition_penalty=1.0, no_repeat_ngram
     Output  yields (number of the row, counted over all batches; ids without the stop token; sum of log-probabilities).
     """
     from transformers import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
+    from transformers.cache_utils import DynamicLayer
 
     processors = [RepetitionPenaltyLogitsProcessor(repetition_penalty)] if repetition_penalty != 1.0 else []
     if no_repeat_ngram_size:
         processors.append(NoRepeatNGramLogitsProcessor(no_repeat_ngram_size))
 
     def advance(part):
-        """One pass: each row writes a token, and as much of its guess as it would have written; yields the finished."""
+        """One pass: each row writes a token, and as much of its guess as it would have written. Output: the finished.
+        """
         most = max(1, PASS_COSTS[part.mask.device.type] // len(part.rows))  # in the first pass a guess is whole
         offered = [row.guess[: most if row.answer else None] for row in part.rows]
         ranked = scored = read_pass(llm, part, offered)  # (rows and all that is offered, V)
@@ -1125,7 +1127,8 @@ def decode_stream(llm, batches, stop_id, repetition_penalty=1.0, no_repeat_ngram
             ranked = torch.cat([processor(ids, logits) for ids, logits in zip(said, ranked.split(1))])
         chosen = ranked.argmax(-1)
         gained = scored.gather(1, chosen[:, None])[:, 0] - scored.logsumexp(-1)  # log-probabilities
-        going, agreed, written, chosen, gained = [], [], [], iter(chosen.tolist()), iter(gained.tolist())
+        finished, going, agreed, written = [], [], [], []
+        chosen, gained = iter(chosen.tolist()), iter(gained.tolist())
         for slot, (row, guess) in enumerate(zip(part.rows, offered)):
             tokens, log_probs = ([next(values) for _ in range(1 + len(guess))] for values in (chosen, gained))
             right = 0
@@ -1141,8 +1144,9 @@ def decode_stream(llm, batches, stop_id, repetition_penalty=1.0, no_repeat_ngram
                 written.append([tokens[right]])
                 row.guess = next_guess(row.answer, row.guess[right:]) if row.drafted else []
             else:
-                yield row.number, row.answer, row.score
+                finished.append((row.number, row.answer, row.score))
         keep_agreed(part, max(map(len, offered)), going, agreed, written)
+        return finished
 
     part, number = None, 0
     for spliced, caps, drafts, prefix in batches:
@@ -1158,11 +1162,11 @@ def decode_stream(llm, batches, stop_id, repetition_penalty=1.0, no_repeat_ngram
         new = SimpleNamespace(
             rows=rows, cache=cache, mask=spliced["attention_mask"], position=spliced["position_ids"][:, shared:],
             inputs={"inputs_embeds": spliced["inputs_embeds"][:, shared:]})
+        joinable = all(type(layer) is DynamicLayer for layer in cache.layers)  # a sliding window has its own count
+        del spliced, cache
         yield from advance(new)
         part = join_parts(part, new)
-        # a layer with a sliding window counts what it has seen, so that its rows cannot be joined
-        limit = 0 if any(layer.is_sliding for layer in cache.layers) else few
-        while len(part.rows) > limit:
+        while len(part.rows) > (few if joinable else 0):
             yield from advance(part)
     while part is not None and part.rows:
         yield from advance(part)
@@ -1194,11 +1198,11 @@ def keep_agreed(part, width, going, agreed, written):
     part.rows = [part.rows[slot] for slot in going]
     if not going:
         return
+    longest = max(agreed)
     keep, agreed = torch.tensor([going, agreed], device=part.mask.device)
     if finished:
         part.cache.batch_select_indices(keep)
         part.mask, part.position = part.mask[keep], part.position[keep]
-    longest = int(agreed.max())
     if longest < width:
         part.cache.crop(longest - width)
     ones = part.mask.new_ones(len(keep), 1)
@@ -1208,31 +1212,34 @@ def keep_agreed(part, width, going, agreed, written):
 
 
 def join_parts(old, new):
-    """Unfinished rows of two batches as one, padded on the left to the longer."""
+    """Unfinished rows of two batches as one, padded on the left to the longer; positions that none needs go."""
     if old is None or not old.rows or not new.rows:
         return old if old is not None and old.rows else new
-    gap = new.mask.shape[1] - old.mask.shape[1]
+    used = old.mask.any(0).nonzero()[:, 0]  # without this the cache would grow for as long as batches come
+    gap = new.mask.shape[1] - len(used)
 
     def joined(first, second, dim):  # padding goes in front of `dim`, counted from the end
         front = (0, 0) * (dim - 1)
         return torch.cat([F.pad(first, (*front, max(gap, 0), 0)), F.pad(second, (*front, max(-gap, 0), 0))])
 
-    for layer, other in zip(old.cache.layers, new.cache.layers):
-        layer.keys, layer.values = joined(layer.keys, other.keys, 2), joined(layer.values, other.values, 2)
+    for layer, other in zip(old.cache.layers, new.cache.layers):  # the mask's last column is of what is read next
+        layer.keys = joined(layer.keys[:, :, used[:-1]], other.keys, 2)
+        layer.values = joined(layer.values[:, :, used[:-1]], other.values, 2)
+        other.keys = other.values = None
     return SimpleNamespace(
-        rows=old.rows + new.rows, cache=old.cache, mask=joined(old.mask, new.mask, 1),
+        rows=old.rows + new.rows, cache=old.cache, mask=joined(old.mask[:, used], new.mask, 1),
         position=torch.cat([old.position, new.position]),
         inputs={"input_ids": torch.cat([old.inputs["input_ids"], new.inputs["input_ids"]])})
 
 
-def cut_runs(lengths, spare):
-    """Where to cut a descending list of lengths into batches: the least padded positions, each pass counting `spare`.
+def cut_runs(lengths, pass_cost):
+    """Where to cut a descending list of lengths into batches: the least padded positions, a pass costing as many more.
 
     Output  list of (first, end).
     """
     best, cuts = [0], [0]  # of the first n: the cost, and where their last run begins
     for end in range(1, len(lengths) + 1):
-        cost, first = min((best[first] + spare + lengths[first] * (end - first), first) for first in range(end))
+        cost, first = min((best[first] + pass_cost + lengths[first] * (end - first), first) for first in range(end))
         best.append(cost)
         cuts.append(first)
     runs, end = [], len(lengths)
@@ -1258,23 +1265,24 @@ def append_guesses(llm, inputs, mask, position, guesses):
 
 
 def next_guess(answer, rest, longest=16):
-    """What may follow the answer, which ended with another token than the guess had there; `rest` begins with that.
+    """What may follow the answer. `rest`: what is left of the guess, from the place of the answer's last token on.
 
-    Where the last two tokens stand in the rest, it goes on behind them; else where the last one comes soon, for then
-    the guess had something too much. Where the answer has had the two before, it may repeat itself (prompt lookup, as
-    transformers calls it). Else the guess had another token in this place.
+    If the guess had that token there, the rest was only not offered yet. Else, where the last two tokens stand in the
+    rest, it goes on behind them; or where the last one comes soon, for then the guess had something too much. Where
+    the answer has been here before, it may repeat itself (prompt lookup, as transformers calls it); to give up the rest
+    of a guess for that takes three equal tokens. Else the guess had another token in this place.
     """
-    token, pair, soon = answer[-1], answer[-2:], rest[:4]
-    if token in soon[:1]:  # the guess was right, but not all of it was offered
+    token, pair, soon, alike = answer[-1], answer[-2:], rest[:4], 3 if rest[1:] else 2
+    if token in soon[:1]:
         return rest[1:]
     for n in range(len(rest) - 1):
         if rest[n : n + 2] == pair:
             return rest[n + 2 :]
     if token in soon:
         return rest[soon.index(token) + 1 :]
-    for n in range(len(answer) - 3, -1, -1):
-        if answer[n : n + 2] == pair:
-            return answer[n + 2 :][:longest]
+    for n in range(len(answer) - alike - 1, -1, -1):
+        if answer[n : n + alike] == answer[-alike:]:
+            return answer[n + alike :][:longest]
     return rest[1:]
 
 

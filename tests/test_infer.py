@@ -72,7 +72,8 @@ def test_transcripts_are_those_of_validation(world, outcome):
     assert outcome["ctc_error_rate"] == pytest.approx(final["ctc_er"], abs=1e-5)
 
 
-def test_a_batch_equals_single_clips_and_the_order_is_that_of_the_inputs(world, outcome):
+def test_a_batch_equals_single_clips_and_the_order_is_that_of_the_inputs(world, outcome, monkeypatch):
+    monkeypatch.setattr(infer, "UNFINISHED", 0)
     alone = call(infer, world.dir, world.manifest, "data.batch_s=0.1")
     assert alone["results"] == outcome["results"]
     assert list(texts(outcome)) == [row["key"] for row in model.read_manifest(world.manifest)]
@@ -88,6 +89,15 @@ def test_how_clips_share_passes_changes_nothing(world, outcome, monkeypatch, spa
 
 def test_speculative_decoding_changes_no_text(world, outcome):
     assert call(infer, world.dir, world.manifest, "decode.speculative=false")["results"] == outcome["results"]
+
+
+def test_features_are_fp32_under_autocast(world):
+    rows = [row | {"speech": row["source"]} for row in model.read_manifest(world.manifest)]
+    recordings = infer.Recordings(rows, model.load_encoder(world.encoder), 30.0)
+    expected, _, reason = recordings[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _, _ = recordings[0]
+    assert not reason and found[0][0].dtype == np.float32 and np.array_equal(found[0][0], expected[0][0])
 
 
 def test_worker_processes_change_nothing(world, outcome):
