@@ -10,8 +10,9 @@ Output  a table, and bench.json, written after every row: machine, environment, 
         reaches here) and `rows`, each with stage, baseline_s, ours_s (medians), their spreads (longest - shortest),
         ratio, equal, peak_mb and baseline_peak_mb (of the whole process, in an untimed first run of each way; on CUDA
         of torch's allocator), audio_s, audio_s_per_s, usual (what the baseline is); all but fbank tflops and mfu: what
-        ours reaches, padding included, and its share of matmul_tflops; encoder also transformers_s; on CUDA
-        minutes_aishell for the two phases, of their training steps alone (no validation).
+        ours reaches, padding included, and its share of matmul_tflops; encoder also transformers_s (with --compile also
+        compiled_s: ours under torch.compile); on CUDA minutes_aishell for the two phases, of their training steps alone
+        (no validation), beside minutes_original.
         --scale: `scale`, rows of points (size, seconds, MiB), time's exponent, its bound (BOUNDS), whether it holds.
 Fair    Baseline and ours run in turns in one process with the same number of threads, after one untimed run each. Both
         begin at the same audio files (steps of phase 1 and 2: at cached encoder outputs) and end at the same
@@ -82,7 +83,8 @@ SIZES = {
 }  # fmt: skip
 WINDOW_S = 30  # Whisper's
 AISHELL_TRAIN_S = 150.85 * 3600
-EPOCHS = {"phase1_step": 10, "phase2_step": 3}  # of the original release, which took 80 and 90 minutes
+EPOCHS = {"phase1_step": 10, "phase2_step": 3}  # of the original release, and the minutes that it took:
+MINUTES = {"phase1_step": 80, "phase2_step": 90}
 BOUNDS = {"clip length, s": 1.3, "batch of 5 s clips": 1.1, "corpus, h": 1.1}  # of --scale: of time's exponents
 
 
@@ -277,15 +279,20 @@ def encoder(world):
     transformers = plain(lambda: port(feats, mask.long()).last_hidden_state[mask])
 
     @plain
-    def ours():
+    def ours(net=net):
         with precompute.autocast(world.device, world.dtype):
             return net(feats, lens)[0][mask]
 
+    more = {"transformers": transformers}
+    if world.args.compile:
+        compiled = torch.compile(net)
+        more["compiled"] = lambda: ours(compiled)
+
     def equal(a, b):
         limit = 1e-4 if world.dtype == torch.float32 else 0.1
-        return bool((a - b).abs().max() <= limit) and bool((transformers() - b).abs().max() <= limit)
+        return all(bool((other - b).abs().max() <= limit) for other in (a, *(way() for way in more.values())))
 
-    return stage(theirs, ours, equal, clips * seconds, "funasr's SenseVoiceEncoderSmall", transformers=transformers)
+    return stage(theirs, ours, equal, clips * seconds, "funasr's SenseVoiceEncoderSmall", **more)
 
 
 def precompute_stage(world):
@@ -643,11 +650,13 @@ def measure(name, row, args, device, ceiling):
         result["mfu"] = result["tflops"] / ceiling
     if device.type == "cuda" and name in EPOCHS:
         result["minutes_aishell"] = EPOCHS[name] * AISHELL_TRAIN_S / result["audio_s_per_s"] / 60
+        result["minutes_original"] = MINUTES[name]
     return result
 
 
 def print_row(result):
-    extra = "".join(f"  {key} {result[key]:.3g}" for key in ("transformers_s", "minutes_aishell") if key in result)
+    extra = "".join(f"  {key} {result[key]:.3g}" for key in (
+        "transformers_s", "compiled_s", "minutes_aishell", "minutes_original") if key in result)
     reached = f"{result['tflops']:8.3g} {result['mfu']:5.2f}" if "mfu" in result else f"{'-':>8} {'-':>5}"
     print(f"{result['stage']:14} {result['baseline_s']:10.3f} {result['baseline_spread_s']:7.3f} "
           f"{result['ours_s']:9.3f} {result['ours_spread_s']:7.3f} {result['ratio']:6.2f} "
@@ -856,6 +865,7 @@ def parse(arguments):
     parser.add_argument("--size", choices=SIZES, default="demo")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--stages", type=lambda text: text.split(","), default=list(BUILD), help="separated by commas")
+    parser.add_argument("--compile", action="store_true", help="time our encoder under torch.compile, too")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--model", default="demo/run/phase2", help="folder of train_phase2.py, for --size demo")
     parser.add_argument("--data", default="demo/data", help="folder of demo_data.py's manifests, for --size demo")

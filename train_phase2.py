@@ -426,7 +426,7 @@ def epoch_batches(lengths, size, budget, world, seed, epoch):
     The longest batch comes first: if memory does not suffice, the run ends in its first step and not in its last.
     """
     rng = random.Random(f"{seed}-{epoch}")
-    order = list(range(len(lengths)))
+    order = array.array("i", range(len(lengths)))  # flat: a list of millions is slow to shuffle
     rng.shuffle(order)
     pool = 32 * size * world
     if len(order) < world or max(lengths) > budget:

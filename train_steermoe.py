@@ -30,6 +30,7 @@ Logged  ce (nats per label token), acc (share of label tokens predicted right, t
         (share of frames whose highest gate is that of the layer's most chosen expert); of process 0.
 """
 
+import array
 import difflib
 import io
 import json
@@ -591,7 +592,7 @@ def epoch_batches(lengths, size, budget, world, seed, epoch):
     The longest batch comes first: if memory does not suffice, the run ends in its first step and not in its last.
     """
     rng = random.Random(f"{seed}-{epoch}")
-    order = list(range(len(lengths)))
+    order = array.array("i", range(len(lengths)))  # flat: a list of millions is slow to shuffle
     rng.shuffle(order)
     pool = 32 * size * world
     if len(order) < world or max(lengths) > budget:

@@ -68,6 +68,14 @@ def test_every_row_is_measured_and_equal(tmp_path, monkeypatch, capsys):
     assert float(encoder[11]) == pytest.approx(row["mfu"], abs=0.006)
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.01])
+def test_the_compiled_encoder_is_timed_and_compared_too(tmp_path, monkeypatch, factor):
+    monkeypatch.setattr(torch, "compile", lambda net: lambda feats, lens: (factor * net(feats, lens)[0],))
+    report = bench.main(bench.parse(["--size", "tiny", "--repeats", "1", "--stages", "encoder", "--compile", "--out",
+                                     str(tmp_path / "bench.json")]))
+    assert report["rows"][0]["compiled_s"] > 0 and report["rows"][0]["equal"] is (factor == 1.0)
+
+
 def wrong(function, change):
     """The function, with something done to what it returns."""
     return lambda *args, **kwargs: change(function(*args, **kwargs))
