@@ -1117,8 +1117,7 @@ def decode_stream(llm, batches, stop_id, repetition_penalty=1.0, no_repeat_ngram
         processors.append(NoRepeatNGramLogitsProcessor(no_repeat_ngram_size))
 
     def advance(part):
-        """One pass: each row writes a token, and as much of its guess as it would have written. Output: the finished.
-        """
+        """One pass: every row writes a token, and what is right of its guess. Output: the rows that are finished."""
         most = max(1, PASS_COSTS[part.mask.device.type] // len(part.rows))  # in the first pass a guess is whole
         offered = [row.guess[: most if row.answer else None] for row in part.rows]
         ranked = scored = read_pass(llm, part, offered)  # (rows and all that is offered, V)
