@@ -1212,8 +1212,10 @@ def keep_agreed(part, width, going, agreed, written):
 
 def join_parts(old, new):
     """Unfinished rows of two batches as one, padded on the left to the longer; positions that none needs go."""
-    if old is None or not old.rows or not new.rows:
-        return old if old is not None and old.rows else new
+    if old is None or not old.rows:
+        return new
+    if not new.rows:
+        return old
     used = old.mask.any(0).nonzero()[:, 0]  # without this the cache would grow for as long as batches come
     gap = new.mask.shape[1] - len(used)
 
