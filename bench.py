@@ -28,6 +28,7 @@ Limits  --size full has no trained CTC head, so it decodes without CTC's drafts;
 """
 
 import argparse
+import contextlib
 import copy
 import ctypes
 import gc
@@ -63,26 +64,30 @@ import precompute
 import train_phase1
 import train_phase2
 
-# clips: that are heard, or trained on; batch: clips per training step; batch_s: of precompute; encoder, adaptor, llm:
-# shapes of random weights
+# clips: that are trained on; phase2_clips: fewer, where the usual way takes long; heard, heard_alone: test clips, and
+# every how many of them the usual way hears; batch: clips per training step; batch_s: of precompute; encoder, adaptor,
+# llm: shapes of random weights
 SIZES = {
     "tiny": {
-        "clips": 6, "batch": 3, "batch_s": 120.0, "encoder_batch": (2, 1.0), "workers": 0,
+        "clips": 6, "phase2_clips": 6, "heard": (6, 1), "heard_alone": (6, 1), "phase1_batch": 3, "batch": 3,
+        "batch_s": 120.0, "encoder_batch": (2, 1.0), "workers": 0, "times": 2,
         "encoder": {"output_size": 32, "attention_heads": 4, "linear_units": 64, "num_blocks": 3, "tp_blocks": 2},
         "adaptor": {"adaptor.hidden_dim": 32, "adaptor.num_layers": 1, "adaptor.num_heads": 4},
         "llm": {"vocab_size": 400, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
                 "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.2},
     },
-    "demo": {"clips": 32, "batch": 16, "batch_s": 120.0, "encoder_batch": (8, 10.0), "workers": 0, "encoder": {}},
+    "demo": {"clips": 32, "phase2_clips": 32, "heard": (None, 1), "heard_alone": (32, 1), "phase1_batch": 16,
+             "batch": 16, "batch_s": 120.0, "encoder_batch": (8, 10.0), "workers": 0, "encoder": {}, "times": 1},
     "full": {
-        "clips": 512, "batch": 64, "batch_s": 120.0, "encoder_batch": (64, 10.0), "workers": 12, "encoder": {},
+        "clips": 512, "phase2_clips": 128, "heard": (256, 8), "heard_alone": (48, 2), "phase1_batch": 256, "batch": 64,
+        "batch_s": 1200.0, "encoder_batch": (64, 10.0), "workers": 12, "encoder": {}, "times": 16,
         "adaptor": {"adaptor.hidden_dim": 2048, "adaptor.num_layers": 4, "adaptor.num_heads": 8},
         "llm": {"vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
                 "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
     },
 }  # fmt: skip
 WINDOW_S = 30  # Whisper's
-AISHELL_TRAIN_S = 150.85 * 3600
+AISHELL_S, AISHELL_TRAIN_S = 178 * 3600, 150.85 * 3600
 EPOCHS = {"phase1_step": 10, "phase2_step": 3}  # of the original release, and the minutes that it took:
 MINUTES = {"phase1_step": 80, "phase2_step": 90}
 BOUNDS = {"clip length, s": 1.3, "batch of 5 s clips": 1.1, "corpus, h": 1.1}  # of --scale: of time's exponents
@@ -132,10 +137,13 @@ def random_world(args, size, device, dtype, folder):
         config = Qwen3Config(**size["llm"], tie_word_embeddings=True, pad_token_id=None, eos_token_id=None,
                              bos_token_id=None, dtype=dtype)
         llm = model.freeze(Qwen3ForCausalLM._from_config(config, attn_implementation="sdpa", dtype=dtype))
+        model.fuse_norms(llm)
         table = llm.get_input_embeddings().weight
         shape = [size["adaptor"][f"adaptor.{name}"] for name in ("hidden_dim", "num_layers", "num_heads")]
         adaptor = model.AudioAdaptor(encoder.width, table.shape[1], *shape, dropout=0.0,
                                      embedding_rms=model.embedding_rms(table))
+    if dtype == torch.bfloat16:
+        model.store_bf16(encoder), model.store_bf16(adaptor)
     settings = size["adaptor"] | {"adaptor.stack": 1, "adaptor.pre_norm": False, "llm.speech": "frames",
                                   "llm.prompt": "11 12 13 14 15 16 17 18 19 20", "llm.system": None}
     rng, rows = random.Random(0), []
@@ -146,7 +154,7 @@ def random_world(args, size, device, dtype, folder):
         noise = np.random.default_rng(number).normal(0, 0.05, samples)
         soundfile.write(path, noise.astype(np.float32), 16000, subtype="PCM_16")
         rows.append({"key": str(number), "source": str(path), "target": " ".join(map(str, ids)), "ids": ids})
-    tokenizer = NumberTokenizer()
+    tokenizer = NumberTokenizer()  # no CTC head: `inference` gives it one
     listener = SimpleNamespace(
         encoder=encoder, adaptor=model.freeze(adaptor), ctc=None, nano=None, llm=llm, tokenizer=tokenizer, draft=False,
         stop_id=model.end_of_turn(tokenizer), settings=settings, device=device, dtype=dtype, position_s=0.06)
@@ -184,7 +192,7 @@ def make_world(args, folder):
         row["frames"] = listener.encoder.num_frames(round(row["seconds"] * listener.encoder.sample_rate))
     return SimpleNamespace(
         size=size, device=device, dtype=dtype, folder=folder, listener=listener, train=train, test=test,
-        encoder=listener.encoder, tolerance=1e-3 if dtype == torch.float32 else 0.1,
+        encoder=listener.encoder, tolerance=1e-3 if dtype == torch.float32 else 0.1, random=args.size != "demo",
         whisper=isinstance(listener.encoder, model.WhisperEncoder), args=args)
 
 
@@ -198,6 +206,19 @@ def window_features(world, row):
     return feats[None].to(world.device), lens
 
 
+def plainly(function):
+    """The usual way runs without torch.compile and without TF32."""
+    def run():
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                return function()
+        finally:
+            torch.set_float32_matmul_precision(precision)
+    return run
+
+
 def close(ours, theirs, tolerance):
     """Every pair of tensors equal to `tolerance` times the largest value."""
     return len(ours) == len(theirs) and all(
@@ -205,9 +226,13 @@ def close(ours, theirs, tolerance):
         for a, b in zip(ours, theirs))
 
 
-def stage(usual, ours, equal, audio_s, what, **more):
-    """A row to be measured: two functions without arguments, and one that compares what they returned."""
-    return SimpleNamespace(usual=usual, ours=ours, equal=equal, audio_s=audio_s, what=what, more=more)
+def stage(usual, ours, equal, audio_s, what, more=None, **extra):
+    """A row to be measured: two functions without arguments, and one that compares what they returned.
+
+    more    other ways to be timed, by name. extra: usual_share (of the clips that the usual way takes), many and
+            many_s (ours over many clips, and their seconds of audio), identical (share of equal texts).
+    """
+    return SimpleNamespace(usual=usual, ours=ours, equal=equal, audio_s=audio_s, what=what, more=more or {}, **extra)
 
 
 # ---- features, encoder, precompute ------------------------------------------------------------------------------
@@ -216,7 +241,7 @@ def stage(usual, ours, equal, audio_s, what, **more):
 def fbank(world):
     from funasr.frontends.wav_frontend import WavFrontend
 
-    waves = [model.load_audio(row["source"], 16000) for row in world.train]
+    waves = [model.load_audio(row["source"], 16000) for row in world.train[:64]]
     usual = WavFrontend(fs=16000, window="hamming", n_mels=80, frame_length=25, frame_shift=10, lfr_m=7, lfr_n=6,
                         dither=0.0)  # each way has its own random numbers, so neither dithers here
     return stage(
@@ -274,16 +299,18 @@ def encoder(world):
     lens[-1] = frames // 2  # one row with padding, so that masks are compared too
     mask = model.length_mask(lens, frames)
 
-    plain = torch.inference_mode()
-    theirs = plain(lambda: usual(feats.clone(), lens)[0][mask])  # funasr scales its input in place
-    transformers = plain(lambda: port(feats, mask.long()).last_hidden_state[mask])
+    no_grad = torch.inference_mode()
+    theirs = no_grad(lambda: usual(feats.clone(), lens)[0][mask])  # funasr scales its input in place
+    transformers = no_grad(lambda: port(feats, mask.long()).last_hidden_state[mask])
 
-    @plain
+    @no_grad
     def ours(net=net):
         with precompute.autocast(world.device, world.dtype):
             return net(feats, lens)[0][mask]
 
-    more = {"transformers": transformers}
+    more = {"transformers": plainly(transformers)}
+    if world.dtype == torch.bfloat16:
+        model.store_bf16(net)
     if world.args.compile:
         compiled = torch.compile(net)
         more["compiled"] = lambda: ours(compiled)
@@ -292,12 +319,13 @@ def encoder(world):
         limit = 1e-4 if world.dtype == torch.float32 else 0.1
         return all(bool((other - b).abs().max() <= limit) for other in (a, *(way() for way in more.values())))
 
-    return stage(theirs, ours, equal, clips * seconds, "funasr's SenseVoiceEncoderSmall", **more)
+    return stage(theirs, ours, equal, clips * seconds, "funasr's SenseVoiceEncoderSmall", more)
 
 
 def precompute_stage(world):
     """Encoder outputs of the training clips, from audio files to files on disk."""
-    rows, encoder, folder = world.train, world.encoder, world.folder
+    rows, folder, times = world.train, world.folder, world.size["times"]
+    encoder = world.encoder if world.dtype == torch.float32 else copy.deepcopy(world.encoder).float()  # the usual way's
     cfg = precompute.DEFAULTS | {"data.max_s": 100.0} | {key: world.size[key] for key in ("workers", "batch_s")}
     last = encoder.net.layer_norm if world.whisper else encoder.net.tp_norm  # its output is the encoder's
 
@@ -312,19 +340,30 @@ def precompute_stage(world):
         hook.remove()
         return [torch.load(folder / f"{row['key']}.pt", weights_only=True) for row in rows]
 
-    def ours():
+    def encode(shards, folder):
         bar = SimpleNamespace(update=lambda count: None)
-        frames, index, bad = precompute.encode_shard(rows, encoder, cfg, world.device, world.dtype, bar)
-        assert not bad, bad
-        np.save(folder / "shard-00000.npy", frames)
-        (folder / "shard-00000.json").write_text(json.dumps({"clips": index, "bad": [], "frames": len(frames)}))
+        for number, messages in enumerate(precompute.load_shards(shards, world.encoder, cfg, bar)):
+            frames, index, bad = precompute.encode_shard(messages, world.encoder, cfg, world.device, world.dtype)
+            assert not bad, bad
+            path = folder / f"shard-{number:05d}.npy"
+            np.save(path, frames)
+            path.with_suffix(".json").write_text(json.dumps({"clips": index, "bad": [], "frames": len(frames)}))
+
+    def many():
+        copies = [row | {"key": f"{row['key']}-{n}"} for n in range(times) for row in rows]
+        with tempfile.TemporaryDirectory(dir=folder) as other:
+            encode([copies[start : start + 2048] for start in range(0, len(copies), 2048)], Path(other))
+
+    def ours():
+        encode([rows], folder)
         identity = {f"encoder.{key}": value for key, value in encoder.identity.items()}
         (folder / "cache.json").write_text(json.dumps(identity))
         cache = train_phase1.EncoderCache(folder)
         return [torch.from_numpy(cache[row["key"]].astype(np.float32)) for row in rows]
 
     what = f"one clip at a time{', padded to 30 s' if world.whisper else ''}, forward hook, fp32, a .pt file each"
-    return stage(usual, ours, lambda a, b: close(b, a, max(2e-3, world.tolerance)), total_s(rows), what)
+    extra = {"many": many, "many_s": times * total_s(rows)} if times > 1 else {}
+    return stage(usual, ours, lambda a, b: close(b, a, max(2e-3, world.tolerance)), total_s(rows), what, **extra)
 
 
 def total_s(rows):
@@ -346,12 +385,12 @@ def bucketed_batches(rows, size):
     return [[rows[i] for i in batch] for batch in train_phase1.epoch_batches(lengths, size, 10**9, 1, 0, 0)]
 
 
-def training(world, rows, module, usual_loss, our_loss, what, our_batches=bucketed_batches, usual_module=None):
+def training(world, rows, size, module, usual_loss, our_loss, what, our_batches=bucketed_batches, usual_module=None):
     """Steps over all rows in batches of the same size; `equal`: loss and gradients of one batch, by both ways.
 
     Every loss takes what its way's batches consist of. usual_module: where the usual way has a copy of the model.
     """
-    size, cfg = world.size["batch"], {"optim.lr": 0.0, "optim.weight_decay": 0.0}
+    cfg = {"optim.lr": 0.0, "optim.weight_decay": 0.0}
     ways = {"usual": (usual_module or module, usual_loss, random_batches), "ours": (module, our_loss, our_batches)}
     trainable = {way: {name: p for name, p in owner.train().named_parameters() if p.requires_grad}
                  for way, (owner, *_) in ways.items()}
@@ -380,7 +419,8 @@ def training(world, rows, module, usual_loss, our_loss, what, our_batches=bucket
         found = {}
         for way, (_, _, cut) in ways.items():
             [batch] = cut(rows[:size], size)
-            loss = backward(way, batch)
+            loss = (plainly(lambda batch=batch: backward("usual", batch))() if way == "usual"
+                    else backward(way, batch))
             found[way] = loss, {name: p.grad for name, p in trainable[way].items() if p.grad is not None}
         (loss, theirs), (our_loss, ours) = found.values()
         share = 1e-3 * torch.stack([gradient.norm() for gradient in theirs.values()]).norm()
@@ -410,10 +450,13 @@ def usual_frames(world, batch):
 def phase1_step(world):
     """Adaptor with InfoNCE and CTC, from cached encoder outputs."""
     cache, rows = need_cache(world), world.train
+    quick = train_phase1.speed_up(cache, train_phase1.DEFAULTS, world.device)
     table = world.listener.llm.get_input_embeddings().weight.detach()
     ctc = model.CTCHead(table.shape[1], embedding=table, token_ids=sorted({i for row in rows for i in row["ids"]}))
-    phase = train_phase1.Phase1(model.unfreeze(copy.deepcopy(world.listener.adaptor)), ctc, 0.07).to(world.device)
+    adaptor = model.unfreeze(copy.deepcopy(world.listener.adaptor)).float()
+    phase = train_phase1.Phase1(adaptor, ctc, 0.07).to(world.device)
     places = {row["key"]: torch.tensor([number]) for number, row in enumerate(rows)}
+    model.compile_layers(adaptor.layers(), world.device)
 
     def usual_loss(batch):
         enc, lens = usual_frames(world, batch)
@@ -427,31 +470,36 @@ def phase1_step(world):
         return nce + phase.ctc.loss(phase.ctc(emb), emb_lens, [ctc.classes(r["ids"]) for r in batch])[0] / len(batch)
 
     def our_loss(batch):
-        enc, lens = train_phase1.load_frames(batch, cache, train_phase1.DEFAULTS)
+        enc, lens = train_phase1.load_frames(batch, quick, train_phase1.DEFAULTS)
         text = train_phase1.pool_texts([row["ids"] for row in batch], table)
-        text_ids = torch.stack([places[row["key"]] for row in batch]).to(world.device)
+        text_ids = model.upload(torch.stack([places[row["key"]] for row in batch]), world.device)
         with precompute.autocast(world.device, world.dtype):
-            nce, ctc_loss, _ = phase(enc.to(world.device), lens.to(world.device), text, text_ids,
+            nce, ctc_loss, _ = phase(model.upload(enc, world.device), lens, text, text_ids,
                                      [ctc.classes(row["ids"]) for row in batch])
         return (nce + ctc_loss) / len(batch)
 
-    return training(world, rows, phase, usual_loss, our_loss,
+    return training(world, rows, world.size["phase1_batch"], phase, usual_loss, our_loss,
                     "a .pt file a clip, random batches padded to their longest, fp32")
 
 
 def phase2_step(world):
     """Cross-entropy through the LLM, from cached encoder outputs."""
-    cache, rows, old = need_cache(world), world.train, world.listener
+    cache, rows, old = need_cache(world), world.train[: world.size["phase2_clips"]], world.listener
     lora = model.lora_parameters(old.llm)
-    adaptor = old.adaptor if lora else model.unfreeze(copy.deepcopy(old.adaptor))  # the demo trains LoRA only
+    adaptor = copy.deepcopy(old.adaptor).float()
+    adaptor = model.freeze(adaptor) if lora else model.unfreeze(adaptor)  # the demo trains LoRA only
     cfg = train_phase2.DEFAULTS | {k: v for k, v in old.settings.items() if k in train_phase2.DEFAULTS}
-    phase = train_phase2.Phase2(adaptor, old.ctc, old.llm, old.tokenizer, cfg).to(world.device)
+    ctc = old.ctc if cfg["llm.speech"] == "ctc" or cfg["llm.draft"] > 0 else None
+    phase = train_phase2.Phase2(adaptor, ctc, old.llm, old.tokenizer, cfg).to(world.device)
     careless = phase
     if world.dtype != torch.float32:
         llm = copy.deepcopy(old.llm).float()
-        careless = train_phase2.Phase2(adaptor, old.ctc, llm, old.tokenizer, cfg).to(world.device)
+        for part in llm.modules():
+            part.__dict__.pop("forward", None)  # transformers' own norms
+        careless = train_phase2.Phase2(adaptor, ctc, llm, old.tokenizer, cfg).to(world.device)
+    model.compile_layers([*old.llm.model.layers, *adaptor.layers()], world.device)
     frozen = [p for name, p in careless.llm.named_parameters() if name not in lora]
-    drafted = old.ctc is not None and cfg["llm.draft"] > 0
+    drafted = cfg["llm.draft"] > 0
 
     def usual_loss(batch):
         enc, lens = usual_frames(world, batch)
@@ -460,7 +508,7 @@ def phase2_step(world):
         speech, speech_lens, prompts, _, _ = careless.listen(enc, lens, batch, [drafted] * len(batch))
         targets = [[*row["ids"], phase.stop_id] for row in batch]
         spliced = model.splice(careless.llm.get_input_embeddings(), prompts, speech, speech_lens, targets)
-        inputs = {name: spliced[name] for name in ("inputs_embeds", "attention_mask", "labels")}
+        inputs = {name: spliced[name].to(world.device) for name in ("inputs_embeds", "attention_mask", "labels")}
         return careless.llm(**inputs).loss  # logits at all positions
 
     def our_loss(batch):
@@ -469,11 +517,11 @@ def phase2_step(world):
         enc, lens = train_phase1.load_frames(batch, cache, train_phase1.DEFAULTS)
         ids = [row["ids"] for row in batch]
         with precompute.autocast(world.device, world.dtype):
-            ce, *_ = phase(enc.to(world.device), lens.to(world.device), batch, ids, [drafted] * len(batch))
+            ce, *_ = phase(model.upload(enc, world.device), lens, batch, ids, [drafted] * len(batch))
         return ce / sum(len(row) + 1 for row in ids)
 
     what = "random batches padded to their longest, fp32, LLM weights left trainable, logits at all positions"
-    return training(world, rows, phase, usual_loss, our_loss, what, usual_module=careless)
+    return training(world, rows, world.size["batch"], phase, usual_loss, our_loss, what, usual_module=careless)
 
 
 def finetune_step(world):
@@ -481,13 +529,14 @@ def finetune_step(world):
     batches, features and loss."""
     classes = {token: number for number, token in enumerate(sorted({i for row in world.train for i in row["ids"]}))}
     rows = [row | {"kind": "telephone", "length": row["frames"], "classes": [classes[token] for token in row["ids"]]}
-            for row in world.train]
-    net = model.unfreeze(copy.deepcopy(world.encoder))
+            for row in world.train[: world.size["phase2_clips"]]]
+    net = model.unfreeze(copy.deepcopy(world.encoder)).float()
     nano = model.FunASRNano(net, ctc=model.CTCOutput(net.width, len(classes) + 1)).to(world.device)
     conf = "dataset_conf."
-    cfg = finetune_encoder.DEFAULTS | {"llm_weight": 0.0, "detach_ctc_decoder": False, conf + "num_workers": 0,
-                                       conf + "batch_type": "example", conf + "batch_size": world.size["batch"],
-                                       "audio_encoder_conf.freeze": False}
+    cfg = finetune_encoder.DEFAULTS | {
+        "llm_weight": 0.0, "detach_ctc_decoder": False, "audio_encoder_conf.freeze": False,
+        conf + "num_workers": world.size["workers"], conf + "batch_type": "example",
+        conf + "batch_size": world.size["batch"]}
     finetune_encoder.freeze_parts(nano, cfg)  # Whisper's sinusoids
     parts = {"nano": nano, "original": None, "tokenizer": None, "frontend": net}
     tuner = finetune_encoder.Finetune(parts, cfg)
@@ -509,37 +558,93 @@ def finetune_step(world):
         return sums["ctc"] / finetune_encoder.count_labels(batch, cfg)[1]
 
     window = "padded to 30 s" if world.whisper else "padded to their longest"
-    return training(world, rows, tuner, usual_loss, our_loss, f"random batches {window}, fp32", our_batches)
+    return training(world, rows, world.size["batch"], tuner, usual_loss, our_loss, f"random batches {window}, fp32",
+                    our_batches)
 
 
 # ---- inference --------------------------------------------------------------------------------------------------
 
 
+def hear_all(world, rows, batch_size):
+    """Texts of rows, by infer.py's own batches: each has as many padded seconds as batch_size clips of mean length."""
+    heard = [row | {"key": f"0-{row['key']}", "speech": row["source"]} for row in rows]  # the key decides the dither
+    padded_s = statistics.mean(row["frames"] for row in rows) * world.encoder.frame_ms / 1000
+    cfg = infer.DEFAULTS | {"workers": world.size["workers"], "data.batch_s": 1.001 * padded_s * batch_size}
+    cfg["data.batch_s"] *= batch_size > 1  # 0: every clip alone
+    bad = []
+    batches = infer.read_batches(heard, world.encoder, cfg, {}, bad)
+    texts = {index: segment["text"] for index, _, segment in infer.transcribe(batches, heard, world.listener, cfg)}
+    assert not bad, bad
+    return [texts[index] for index in range(len(rows))]
+
+
+def give_ctc(world, rows):
+    """What stands for a trained CTC head where weights are random: one with random weights, whose scores cost what they
+    cost; what it reads are the LLM's own answers with every 20th token wrong (SenseVoice's reads AISHELL-1 at 3 %)."""
+    listener, rng, drafts, used = world.listener, random.Random(0), {}, set()
+    table = listener.llm.get_input_embeddings().weight
+    for row, text in zip(rows, hear_all(world, rows, world.size["batch"])):
+        ids = listener.tokenizer(text)["input_ids"]
+        wrong = [rng.randrange(50, len(table)) if rng.random() < 0.05 else token for token in ids]
+        drafts[f"0-{row['key']}"] = listener.tokenizer.decode(wrong).strip()
+        used |= {*ids, *wrong}
+    used |= set(range(min(len(table), 4000) - len(used)))  # AISHELL-1 has some 4000 characters
+    listener.ctc = model.freeze(model.CTCHead(table.shape[1], embedding=table, token_ids=sorted(used)))
+    listener.read_ctc, world.drafts, real = listener.tokenizer.decode, drafts, infer.hear
+
+    def hear(batch, *rest):
+        clips = real(batch, *rest)
+        for clip in clips:
+            clip.draft = world.drafts[f"0-{world.test[clip.index]['key']}"]
+        return clips
+
+    world.hear = mock.patch.object(infer, "hear", hear)
+
+
+def chosen_alone(world, row, text):
+    """Whether the LLM, reading a clip alone and with nothing saved, would have chosen every token of `text` itself, or
+    one that was level with it but for rounding. In bf16 the order of sums decides between such tokens."""
+    listener, limit = world.listener, tokens_in(row["seconds"])
+    ids = listener.tokenizer(text)["input_ids"]
+    with torch.no_grad(), infer.autocast(world.device, world.dtype):
+        enc, lens = listener.encoder(*window_features(world, row))
+        emb, emb_lens = listener.adaptor(enc.float(), lens)
+        prompt = infer.make_prompt(row, None, listener, infer.DEFAULTS)
+        ends = [listener.stop_id] if len(ids) < limit else []
+        spliced = model.splice(listener.llm.get_input_embeddings(), [prompt], emb, emb_lens, [[*ids, *ends]])
+        embeds, chosen = spliced["inputs_embeds"], spliced["labels"][0] != model.IGNORE
+        hidden = listener.llm.model(inputs_embeds=embeds, use_cache=False).last_hidden_state[0]
+        scores = listener.llm.lm_head(hidden[:-1][chosen[1:]]).float()
+    found = scores.gather(1, spliced["labels"][0, chosen].to(world.device)[:, None])[:, 0]
+    return len(ids) <= limit and bool((scores.max(1).values - found <= world.tolerance).all())
+
+
 def inference(world, batch_size):
     """Held-out clips from audio file to text, greedy; one at a time only the first of them, or it would take long.
 
-    Ours are infer.py's own batches: by length, each with as many padded seconds as batch_size clips of mean length.
+    `equal` is equality of the texts; in bf16, where it cannot be had, those that differ go through chosen_alone.
     """
-    listener, cfg = world.listener, infer.DEFAULTS
-    rows = world.test if batch_size > 1 else world.test[: world.size["clips"]]
-    llm, tokenizer, get = listener.llm, listener.tokenizer, listener.settings.get
-    cap_of = model.token_cap if world.args.size == "demo" else lambda seconds, _=None: tokens_in(seconds)
+    listener, cfg, get = world.listener, infer.DEFAULTS, world.listener.settings.get
+    count, step = world.size["heard" if batch_size > 1 else "heard_alone"]
+    rows, llm, tokenizer = world.test[:count], listener.llm, listener.tokenizer
+    cap_of = (lambda seconds, _=None: tokens_in(seconds)) if world.random else model.token_cap
+    if world.random and not hasattr(world, "drafts"):
+        with mock.patch.object(model, "token_cap", cap_of):
+            give_ctc(world, world.test)
 
     @mock.patch.object(model, "token_cap", cap_of)
     @torch.inference_mode()
     def usual():
         texts = []
-        for row in rows:
+        for row in rows[::step]:
             with infer.autocast(world.device, world.dtype):
                 enc, lens = listener.encoder(*window_features(world, row))
                 enc = enc[:, : row["frames"]].float()
                 speech, speech_lens, log_probs, emb_lens = model.speech_for_llm(
                     listener.adaptor, listener.ctc, enc, lens, get("llm.speech"))
-                draft, count = None, None
-                if listener.ctc is not None:
-                    path = model.ctc_greedy(log_probs, emb_lens, listener.ctc.blank)[0]
-                    draft = listener.read_ctc(path) if listener.draft else None
-                    count = len(path) if get("llm.speech") == "ctc" else None
+                path = model.ctc_greedy(log_probs, emb_lens, listener.ctc.blank)[0]
+                draft = listener.read_ctc(path) if listener.draft else None
+                count = len(path) if get("llm.speech") == "ctc" else None
                 prompt = infer.make_prompt(row, draft, listener, cfg)
                 spliced = model.splice(llm.get_input_embeddings(), [prompt], speech, speech_lens)
                 cap = model.token_cap(row["seconds"], count)
@@ -553,23 +658,23 @@ def inference(world, batch_size):
             texts.append(tokenizer.decode(answer, skip_special_tokens=True).strip())
         return texts
 
-    # the key decides the dither
-    heard = [row | {"key": f"0-{row['key']}", "speech": row["source"]} for row in rows]
-    padded_s = statistics.mean(row["frames"] for row in rows) * listener.encoder.frame_ms / 1000
-    settings = cfg | {"workers": world.size["workers"], "data.batch_s": 1.001 * padded_s * batch_size}
-    settings["data.batch_s"] *= batch_size > 1  # 0: every clip alone
-
     @mock.patch.object(model, "token_cap", cap_of)
-    @mock.patch.object(infer, "UNFINISHED", infer.UNFINISHED if batch_size > 1 else 0)
     def ours():
-        bad = []
-        batches = infer.read_batches(heard, listener.encoder, settings, {}, bad)
-        texts = {index: segment["text"] for index, _, segment in infer.transcribe(batches, heard, listener, cfg)}
-        assert not bad, bad
-        return [texts[index] for index in range(len(rows))]
+        with world.hear if world.random else contextlib.nullcontext():
+            return hear_all(world, rows, batch_size)
+
+    def equal(theirs, ours):
+        pairs = list(zip(rows[::step], theirs, ours[::step], strict=True))
+        different = [(row, text) for row, other, text in pairs if text != other]
+        row_of.identical = 1 - len(different) / len(pairs)
+        if world.dtype == torch.float32 or not world.random:
+            return not different
+        return all(plainly(lambda row=row, text=text: chosen_alone(world, row, text))() for row, text in different)
 
     window = ", padded to 30 s" if world.whisper else ""
-    return stage(usual, ours, lambda a, b: a == b, total_s(rows), f"one clip at a time{window}, transformers' generate")
+    row_of = stage(usual, ours, equal, total_s(rows), f"one clip at a time{window}, transformers' generate",
+                   usual_share=total_s(rows[::step]) / total_s(rows))
+    return row_of
 
 
 # ---- measuring --------------------------------------------------------------------------------------------------
@@ -582,7 +687,7 @@ def process_peak_mb():
 
 
 def peak_of(function, device):
-    """Output of one call, and its peak memory in MiB: torch's on CUDA, else that of the whole process."""
+    """Output of one call, its peak memory in MiB (torch's on CUDA, else that of the whole process), its seconds."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -591,8 +696,12 @@ def peak_of(function, device):
         if hasattr(libc, "malloc_trim"):  # glibc, which keeps what was freed: it would count as this call's
             libc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    started = time.perf_counter()
     result = function()
-    return result, torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else process_peak_mb()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    return result, torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else process_peak_mb(), seconds
 
 
 def timed(function, device):
@@ -624,7 +733,10 @@ def count_flops(function):
         kernel = f"_scaled_dot_product_{kind}"  # backward the scores are made again
         known |= {getattr(torch.ops.aten, kernel): attention(2, 0),
                   getattr(torch.ops.aten, f"{kernel}_backward"): attention(5, 1)}
-    with FlopCounterMode(display=False, custom_mapping=known) as counter:
+    # what runs in a thread, a graph or a compiled function, the counter would not see
+    with mock.patch.object(infer, "prefetch", iter), torch.compiler.set_stance("force_eager"), mock.patch.object(
+            model.Graphs, "__call__", lambda self, *tensors: self.function(*tensors)), FlopCounterMode(
+                display=False, custom_mapping=known) as counter:
         function()
     return counter.get_total_flops()
 
@@ -632,14 +744,18 @@ def count_flops(function):
 def measure(name, row, args, device, ceiling):
     """One line of the table: each way once for its memory and output, then all of them in turns for their time."""
     outputs, peaks, seconds = {}, {}, {}
-    ways = {"baseline": row.usual, "ours": row.ours} | row.more
+    ways = {"baseline": plainly(row.usual), "ours": row.ours} | row.more
     for way, function in ways.items():
-        outputs[way], peaks[way] = peak_of(function, device)
-        seconds[way] = []
+        outputs[way], peaks[way], first = peak_of(function, device)
+        seconds[way] = [] if way != "baseline" or args.baseline_repeats else [first]
     result = {"stage": name, "equal": bool(row.equal(outputs["baseline"], outputs["ours"]))}
-    for _ in range(args.repeats):
+    for number in range(args.repeats):
         for way, function in ways.items():
-            seconds[way].append(timed(function, device))
+            if way != "baseline" or number < args.baseline_repeats:
+                seconds[way].append(timed(function, device))
+    if hasattr(row, "usual_share"):
+        result |= {"identical": row.identical, "usual_share": row.usual_share}
+        seconds["baseline"] = [one / row.usual_share for one in seconds["baseline"]]
     for way, spent in seconds.items():
         result |= {f"{way}_s": statistics.median(spent), f"{way}_spread_s": max(spent) - min(spent)}
     result |= {"ratio": result["baseline_s"] / result["ours_s"], "peak_mb": peaks["ours"],
@@ -651,12 +767,16 @@ def measure(name, row, args, device, ceiling):
     if device.type == "cuda" and name in EPOCHS:
         result["minutes_aishell"] = EPOCHS[name] * AISHELL_TRAIN_S / result["audio_s_per_s"] / 60
         result["minutes_original"] = MINUTES[name]
+    if hasattr(row, "many"):
+        result["minutes_aishell"] = AISHELL_S / row.many_s * timed(row.many, device) / 60
+    if name.startswith("infer"):
+        result["rtf"] = result["ours_s"] / row.audio_s
     return result
 
 
 def print_row(result):
     extra = "".join(f"  {key} {result[key]:.3g}" for key in (
-        "transformers_s", "compiled_s", "minutes_aishell", "minutes_original") if key in result)
+        "transformers_s", "compiled_s", "minutes_aishell", "minutes_original", "rtf", "identical") if key in result)
     reached = f"{result['tflops']:8.3g} {result['mfu']:5.2f}" if "mfu" in result else f"{'-':>8} {'-':>5}"
     print(f"{result['stage']:14} {result['baseline_s']:10.3f} {result['baseline_spread_s']:7.3f} "
           f"{result['ours_s']:9.3f} {result['ours_spread_s']:7.3f} {result['ratio']:6.2f} "
@@ -704,9 +824,11 @@ def scale_stage(world, name, rows):
     """Seconds and peak memory of our way over one batch: the memory of the first run, the time of the second."""
     world.train = world.test = rows
     (world.folder / "cache.json").unlink(missing_ok=True)  # the step then makes the cache of these clips
-    world.size |= {"batch": len(rows), "batch_s": math.inf}
+    world.size |= {"batch": len(rows), "batch_s": math.inf, "phase2_clips": None, "heard": (None, 1),
+                   "heard_alone": (None, 1)}
+    world.__dict__.pop("drafts", None)  # with random weights: of other clips
     row = inference(world, len(rows)) if name == "inference" else BUILD[name](world)
-    _, peak = peak_of(row.ours, world.device)
+    _, peak, _ = peak_of(row.ours, world.device)
     return timed(row.ours, world.device), peak
 
 
@@ -835,15 +957,20 @@ BUILD = {
     "fbank": fbank, "encoder": encoder, "precompute": precompute_stage, "phase1_step": phase1_step,
     "phase2_step": phase2_step, "finetune_step": finetune_step,
     "infer_batch1": lambda world: inference(world, 1), "infer_batch32": lambda world: inference(world, 32),
+    "infer_batch64": lambda world: inference(world, 64),
 }  # fmt: skip
 
 
 def main(args):
+    other = "infer_batch32" if args.size == "full" else "infer_batch64"
+    args.stages = args.stages or [name for name in BUILD if name != other]
     wrong = [name for name in args.stages if name not in BUILD]
     if wrong:
         raise ValueError(f"--stages: {wrong[0]!r} is none of {', '.join(BUILD)}")
     with tempfile.TemporaryDirectory() as folder:
         world = make_world(args, Path(folder))
+        if world.dtype == torch.bfloat16:
+            torch.set_float32_matmul_precision("high")  # as the scripts do
         ceiling = matmul_tflops(world.device, world.dtype)
         report = machine(world.device) | {"size": args.size, "repeats": args.repeats, "matmul_tflops": ceiling}
         print(" | ".join(f"{key} {value}" for key, value in report.items()))
@@ -864,15 +991,19 @@ def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="demo")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--stages", type=lambda text: text.split(","), default=list(BUILD), help="separated by commas")
+    parser.add_argument("--stages", type=lambda text: text.split(","), help="separated by commas; all but one of the "
+                        "two larger batches of inference")
     parser.add_argument("--compile", action="store_true", help="time our encoder under torch.compile, too")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--baseline-repeats", type=int, help="the same for the usual way; 0: its untimed run counts")
     parser.add_argument("--model", default="demo/run/phase2", help="folder of train_phase2.py, for --size demo")
     parser.add_argument("--data", default="demo/data", help="folder of demo_data.py's manifests, for --size demo")
     parser.add_argument("--scale", action="store_true", help="instead: how time and memory grow; also writes a .png")
     parser.add_argument("--scale-hours", type=int, default=10000, help="largest corpus of --scale (>= 10)")
     parser.add_argument("--out", default="bench.json")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    args.baseline_repeats = args.repeats if args.baseline_repeats is None else args.baseline_repeats
+    return args
 
 
 if __name__ == "__main__":

@@ -29,7 +29,9 @@ Source  prompt, splice, decoding and CTC are the functions that train_phase2.py 
 
 import contextlib
 import difflib
+import functools
 import html
+import itertools
 import json
 import math
 import os
@@ -38,6 +40,7 @@ import resource
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,6 +49,7 @@ from urllib.parse import quote
 import soundfile
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import yaml
 from rapidfuzz.distance import Levenshtein
 from torch.nn.utils.rnn import pad_sequence
@@ -86,9 +90,10 @@ DEFAULTS = {
     "score": True,  # where a row has a target that is not empty
     "ctc": True,  # also give and score the CTC read-out, and SenseVoice's own
     "control.wrong_audio": False,  # give each clip the speech of another text: if errors stay low, nobody listens
-    "data.batch_s": 120.0,  # padded seconds of audio per batch
+    "data.batch_s": 120.0,  # padded seconds of audio per batch; 0: every clip alone, and written before the next is
     "data.max_bad": 100,  # stop when more clips than this cannot be used
     "workers": 2,  # processes that read audio, find pauses and compute features
+    "compile": False,  # on a GPU: torch.compile of the LLM's layers; takes some 20 s, so for hours of audio
     "seed": 0,
     "device": "auto",  # auto, cpu, cuda
     "dtype": "auto",  # auto: bf16 on a GPU, fp32 on a CPU
@@ -98,6 +103,7 @@ AUDIO = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".sph
 ENDINGS = (".txt", ".jsonl", ".srt", ".html", ".json")
 CUE_S, CUE_CHARS, LINE_CHARS = 7.0, 84, 42  # subtitles: two lines of 42 characters, at most 7 s (usual guidelines)
 UNKNOWN_LOG_PROB = -10.0  # a guess: about what CTC gives to a token of which it hears nothing
+ENCODER_PASS = {"cpu": 64, "cuda": 12000}  # a pass of the encoder takes as long as so many frames more
 UNFINISHED = 16  # clips that the LLM is still writing when the next batch is read
 HOLD_S = 0.5  # a cue stays this much longer: CTC marks where a word is recognised, often before it is over
 EDITS = ("substitutions", "deletions", "insertions")
@@ -212,6 +218,8 @@ def pick_device(cfg):
     names["auto"] = torch.bfloat16 if kind.startswith("cuda") else torch.float32
     if cfg["dtype"] not in names:
         raise ValueError(f"dtype: expected one of {', '.join(names)}, got {cfg['dtype']!r}")
+    if names[cfg["dtype"]] == torch.bfloat16:
+        torch.set_float32_matmul_precision("high")  # TF32, of what is fp32 beside bf16: CTC's scores
     return torch.device(kind), names[cfg["dtype"]]
 
 
@@ -379,11 +387,12 @@ def read_batches(rows, encoder, cfg, clips, bad):
     """
     order = sorted(range(len(rows)), key=lambda i: (-header_seconds(rows[i]["speech"]), i))
     loader = torch.utils.data.DataLoader(
-        Recordings([rows[i] for i in order], encoder, cfg["vad.threshold_s"]), batch_size=None, collate_fn=tuple,
+        Recordings([rows[i] for i in order], encoder, cfg["vad.threshold_s"]), batch_size=8, collate_fn=list,
         num_workers=cfg["workers"], multiprocessing_context="fork" if cfg["workers"] else None,
-    )
+    )  # 8: each message from a worker takes its time, however much is in it
     batch, longest = [], 0.0
-    for index, (pieces, seconds, reason) in tqdm(zip(order, loader), total=len(rows), unit="clip", disable=None):
+    clips_read = itertools.chain.from_iterable(loader)
+    for index, (pieces, seconds, reason) in tqdm(zip(order, clips_read), total=len(rows), unit="clip", disable=None):
         if reason:
             bad.append({"key": rows[index]["key"], "source": rows[index]["speech"], "reason": reason})
             if len(bad) > cfg["data.max_bad"]:
@@ -470,6 +479,7 @@ def load_listener(cfg, device, dtype):
         settings["encoder.name"], get("encoder.language", "auto"), get("encoder.text_norm", "woitn"),
         get("encoder.query_frames", False), get("encoder.pad_to_30s", False)).to(device)
     check_identity(encoder.identity, settings, "encoder")
+    encoder = model.store_bf16(encoder) if dtype == torch.bfloat16 else encoder
     lora_r = get("llm.lora.r", 0)
     llm, tokenizer = model.load_llm(settings["llm.name"], dtype, device, lora_r, get("llm.lora.alpha"),
                                     get("llm.lora.targets", ()))
@@ -490,6 +500,7 @@ def load_listener(cfg, device, dtype):
             encoder.width, table.shape[1], settings["adaptor.hidden_dim"], settings["adaptor.num_layers"],
             settings["adaptor.num_heads"], 0.0, settings["adaptor.stack"], settings["adaptor.pre_norm"])
         model.load_weights(adaptor, adaptor_file)
+        adaptor = model.store_bf16(adaptor) if dtype == torch.bfloat16 else adaptor
     ctc, draft = None, read_draft(cfg, get("llm.draft", 0))
     needs_ctc = draft or get("llm.speech") == "ctc"
     if needs_ctc or not cfg["adaptor.file"] and (folder / "ctc_head.pt").is_file():
@@ -516,6 +527,10 @@ def read_draft(cfg, trained_share):
 
 
 # ---- transcribing -----------------------------------------------------------------------------------------------
+
+
+def is_gpu(device):
+    return device.type == "cuda"
 
 
 def make_prompt(row, draft, listener, cfg):
@@ -548,51 +563,72 @@ def known_prefix(listener, ids):
     return listener.prefix[1]
 
 
-@torch.no_grad()
 def transcribe(batches, rows, listener, cfg):
     """Batches of read_batches -> list of (row index, segment number, segment), in the order in which they were done.
 
-    A segment has start, end, text, times, words, and the CTC read-outs. A clip that the LLM is still writing joins the
-    next batch, so that few passes run for a clip alone.
+    A segment has start, end, text, times, words, and the CTC read-outs. While a GPU reads one batch, a thread prepares
+    the next one and another aligns the words of the last.
     """
-    done, asked = [], []
-    with autocast(listener.device, listener.dtype):
+    gpu, done = is_gpu(listener.device), []
+    side = torch.cuda.Stream(listener.device) if listener.device.type == "cuda" else None
+
+    def finish(clip, text):
+        with torch.cuda.stream(side):  # of None: as it is; else its small copies do not wait for the LLM's next pass
+            return clip.index, clip.number, make_segment(clip, text, listener, cfg)
+
+    # one clip at a time leaves a GPU waiting for the CPU, unless it gets everything at once; neither Fun-ASR-Nano's
+    # adaptor nor CTC-compressed speech can be recorded, since their sizes depend on values
+    replays = gpu and not cfg["data.batch_s"] and listener.nano is None and (
+        isinstance(listener.adaptor, model.AudioAdaptor) and listener.settings.get("llm.speech") == "frames")
+    listener.replay = model.Graphs(functools.partial(listen, listener)) if replays else None
+    with ThreadPoolExecutor(1) as pool:
         if cfg["decode.readout"] == "ctc":
-            for clip in (clip for batch in batches for clip in hear(batch, listener, cfg)):
-                done.append((clip.index, clip.number, make_segment(clip, clip.draft, listener, cfg)))
-            return done
-        for place, answer, _ in model.decode_stream(
-                listener.llm, ask(batches, rows, listener, cfg, asked), listener.stop_id,
-                cfg["decode.repetition_penalty"], cfg["decode.no_repeat_ngram_size"], UNFINISHED):
-            clip, asked[place] = asked[place], None
-            if cfg["decode.ctc_weight"] > 0 and listener.ctc is not None:
-                answer = choose(answer, clip.log_probs, clip.prompt, clip.speech, listener, cfg)
-            text = listener.tokenizer.decode(answer, skip_special_tokens=True).strip()
-            done.append((clip.index, clip.number, make_segment(clip, text, listener, cfg)))
-    return done
+            written = ((clip, clip.draft) for batch in batches for clip in hear(batch, listener, cfg))
+        else:
+            asked = ask(batches, rows, listener, cfg)
+            written = write(prefetch(asked) if gpu else asked, listener, cfg)
+        for clip, text in written:
+            done.append(pool.submit(finish, clip, text) if gpu else finish(clip, text))
+        return [job.result() for job in done] if gpu else done
 
 
-def runs_of_like_length(lengths, device):
+def prefetch(batches):
+    """Get the next batch in a thread while the GPU works on this one. Two CPU cores have no time to spare for it."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(next, batches, None)
+        while (batch := ahead.result()) is not None:
+            ahead = pool.submit(next, batches, None)
+            yield batch
+
+
+def runs_of_like_length(lengths, pass_cost):
     """Indices in batches, longest first: padding costs at most what a further pass would."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    runs = model.cut_runs([lengths[i] for i in order], model.PASS_COSTS[device.type])
-    return [order[first:end] for first, end in runs]
+    return [order[first:end] for first, end in model.cut_runs([lengths[i] for i in order], pass_cost)]
 
 
+@torch.no_grad()
 def hear(batch, listener, cfg):
     """Encoder, adaptor and CTC: for each piece of a batch what the LLM hears, and the CTC read-outs.
 
     Output  list of namespaces, longest first: index, number, start, end, speech (K, D) or None, log_probs (S, V + 1),
             path and its text `draft` (None without a CTC head), encoder_text (SenseVoice's own CTC, or None).
     """
-    heard, ctc, features = [], listener.ctc, [feats for _, _, feats, _, _ in batch]
+    heard, ctc, device, features = [], listener.ctc, listener.device, [feats for _, _, feats, _, _ in batch]
     own_ctc = cfg["ctc"] and getattr(listener.encoder, "ctc_tokenizer", None) is not None
-    for run in runs_of_like_length(list(map(len, features)), listener.device):
-        lens = torch.tensor([len(features[n]) for n in run]).to(listener.device)
-        feats = pad_sequence([features[n] for n in run], batch_first=True).to(listener.device)  # (B, T, F)
-        enc, enc_lens, speech, speech_lens, log_probs, emb_lens = listen(listener, feats, lens)
-        texts = listener.encoder.ctc_text(enc, enc_lens) if own_ctc else [None] * len(run)
+    for run in runs_of_like_length(list(map(len, features)), ENCODER_PASS[device.type]):
+        lens = torch.tensor([len(features[n]) for n in run])
+        feats = pad_sequence([features[n] for n in run], batch_first=True)  # (B, T, F)
+        with autocast(device, listener.dtype):
+            if listener.replay is not None and len(run) == 1:
+                feats = F.pad(feats, (0, 0, 0, -feats.shape[1] % 16))  # to lengths that come again
+                found = listener.replay(model.upload(feats, device), model.upload(lens, device))
+            else:
+                found = listen(listener, model.upload(feats, device), lens)
+            enc, enc_lens, speech, speech_lens, log_probs, emb_lens = found
+            texts = listener.encoder.ctc_text(enc, enc_lens) if own_ctc else [None] * len(run)
         paths = model.ctc_greedy(log_probs, emb_lens, ctc.blank) if ctc is not None else [None] * len(run)
+        emb_lens, speech_lens = emb_lens.tolist(), speech_lens.tolist() if speech is not None else None
         for slot, n in enumerate(run):
             index, number, _, start, end = batch[n]
             heard.append(SimpleNamespace(  # copies: a view would keep the whole run in memory
@@ -603,9 +639,8 @@ def hear(batch, listener, cfg):
     return heard
 
 
-def ask(batches, rows, listener, cfg, asked):
-    """Batches of read_batches -> those of model.decode_stream, whose clips are appended to `asked` in their order."""
-    embed = listener.llm.get_input_embeddings()
+def ask(batches, rows, listener, cfg):
+    """Batches of read_batches -> what was heard, with all that the LLM needs: prompt, cap of its tokens, guess."""
     for batch in batches:
         clips = hear(batch, listener, cfg)
         for clip in clips:
@@ -615,10 +650,37 @@ def ask(batches, rows, listener, cfg, asked):
             clip.cap = cfg["decode.max_new_tokens"] or model.token_cap(clip.end - clip.start, count)
             guessing = clip.draft is not None and cfg["decode.speculative"]
             clip.guess = model.text_to_ids(listener.tokenizer, clip.draft) if guessing else None
+        yield clips
+        del clips, clip  # what is finished can leave the memory before more is heard
+
+
+@torch.no_grad()
+def write(batches, listener, cfg):
+    """Batches of ask -> (clip, text) as the LLM finishes them. Clips that are not done go on with the next batch."""
+    alone, repetition = not cfg["data.batch_s"], (cfg["decode.repetition_penalty"], cfg["decode.no_repeat_ngram_size"])
+    guessing = listener.ctc is not None and cfg["decode.speculative"] and repetition == (1.0, 0)
+    with autocast(listener.device, listener.dtype):
+        if guessing and is_gpu(listener.device):
+            answers = model.decode_drafted(listener.llm, batches, listener.stop_id, alone)
+        else:
+            asked = []
+            stream = model.decode_stream(listener.llm, spliced(batches, listener, asked), listener.stop_id,
+                                         *repetition, 0 if alone else UNFINISHED)
+            answers = ((asked[place], ids, score) for place, ids, score in stream)
+        for clip, answer, _ in answers:
+            if cfg["decode.ctc_weight"] > 0 and listener.ctc is not None:
+                answer = choose(answer, clip.log_probs, clip.prompt, clip.speech, listener, cfg)
+            yield clip, listener.tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+def spliced(batches, listener, asked):
+    """Batches of ask -> those of model.decode_stream, whose clips are appended to `asked` in their order."""
+    embed = listener.llm.get_input_embeddings()
+    for clips in batches:
         shared = model.shared_prefix([clip.prompt for clip in clips])
         prefix = known_prefix(listener, clips[0].prompt[0][:shared])
         lengths = [sum(map(len, (*clip.prompt, clip.speech, clip.guess or ()))) - shared for clip in clips]
-        for run in runs_of_like_length(lengths, listener.device):
+        for run in runs_of_like_length(lengths, model.PASS_COSTS[listener.device.type]):
             part = [clips[n] for n in run]
             asked += part
             prompts, speeches = [clip.prompt for clip in part], [clip.speech for clip in part]
@@ -626,7 +688,6 @@ def ask(batches, rows, listener, cfg, asked):
                 model.splice(embed, prompts, pad_sequence(speeches, True), torch.tensor(list(map(len, speeches))),
                              pad_left=True, shared=shared),
                 [clip.cap for clip in part], [clip.guess for clip in part], prefix)
-        del clips, clip, part, prompts, speeches  # what is finished can leave the memory before more is heard
 
 
 def make_segment(clip, text, listener, cfg):
@@ -943,6 +1004,8 @@ def main(cfg):
     listener = load_listener(cfg, device, dtype)
     for path in outputs:
         path.parent.mkdir(parents=True, exist_ok=True)
+    if listener.llm is not None and cfg["compile"]:
+        model.compile_layers(listener.llm.model.layers, device)
     if listener.llm is not None:
         before, after = make_prompt({}, "DRAFT" if listener.draft else None, listener, cfg)
         print(f"prompt: {listener.tokenizer.decode(before)!r} SPEECH {listener.tokenizer.decode(after)!r}")

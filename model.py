@@ -14,11 +14,15 @@ import array
 import copy
 import functools
 import hashlib
+import inspect
+import itertools
 import json
 import marshal
 import math
 import os
 import re
+import threading
+import types
 import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,9 +43,20 @@ PASS_COSTS = {"cpu": 64, "cuda": 2000}  # a pass takes about as long as so many 
 LFR_M, LFR_N = 7, 6  # FunASR's low frame rate: 7 frames of 10 ms stacked every 6, so 60 ms a frame
 
 
-def length_mask(lens, max_len):
-    """Bool mask (B, max_len), True on real positions."""
-    return torch.arange(max_len, device=lens.device) < lens[:, None]
+def upload(x, device):
+    """A tensor of the CPU to the device, without waiting for what a GPU still has to do."""
+    if device.type == "cuda" and not x.is_cuda and x.nbytes > 2**16:  # CUDA takes up to 64 KB at once in any case
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
+def length_mask(lens, max_len, device=None):
+    """Bool mask (B, max_len), True on real positions; on `device`, by default that of lens.
+
+    Lengths best stay on the CPU: asking a GPU for one means waiting for everything that it still has to do.
+    """
+    mask = torch.arange(max_len, device=lens.device) < lens[:, None]
+    return mask if device is None else upload(mask, device)
 
 
 def freeze(module):
@@ -292,7 +307,7 @@ class SenseVoiceEncoder(nn.Module):
     def forward(self, feats, lens):
         if feats.shape[-1] != self.input_size:
             raise ValueError(f"SenseVoiceEncoder takes features {self.input_size} wide, got {tuple(feats.shape)}")
-        mask = length_mask(lens, feats.shape[1])  # (B, T)
+        mask = length_mask(lens, feats.shape[1], feats.device)  # (B, T)
         x = feats * self.output_size**0.5 + self.positions(feats.shape[1], feats.device).to(feats.dtype)
         x = x.masked_fill(~mask[..., None], 0.0)  # NaN in the padding would survive a multiplication by 0
         for layer in [*self.encoders0, *self.encoders]:
@@ -309,6 +324,18 @@ class SenseVoiceEncoder(nn.Module):
 
 
 # ---- encoder wrappers -------------------------------------------------------------------------------------------
+
+
+def store_bf16(module):
+    """Keep a frozen module's matrices in bf16, where it runs under bf16 autocast: that would convert them every time.
+
+    Outputs are the same to the bit; half the memory. Norms and embeddings stay fp32.
+    """
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Conv1d, nn.MultiheadAttention)):
+            for parameter in part.parameters(recurse=False):
+                parameter.data = parameter.data.bfloat16()
+    return module
 
 
 def hash_tensors(tensors):
@@ -473,14 +500,15 @@ class WhisperEncoder(SpeechEncoder):
 
     def forward(self, feats, lens):
         net = self.net
-        keep = length_mask(lens, feats.shape[1])[:, None].to(feats.dtype)  # (B, 1, mel frames)
+        keep = length_mask(lens, feats.shape[1], feats.device)[:, None].to(feats.dtype)  # (B, 1, mel frames)
         x = feats.transpose(1, 2).masked_fill(keep == 0, 0.0)  # (B, M, mel frames)
         x = F.gelu(net.conv1(x)) * keep  # conv2 must see zeros past the end, as it does for a single clip
         x = F.gelu(net.conv2(x)).transpose(1, 2)  # (B, T, W)
         lens = self.out_lens(lens)
         x = x + net.embed_positions.weight[: x.shape[1]]
-        mask = length_mask(lens, x.shape[1])
-        mask = None if bool(mask.all()) else mask[:, None, None].expand(-1, 1, x.shape[1], -1)
+        mask = None
+        if lens.is_cuda or int(lens.min()) < x.shape[1]:
+            mask = length_mask(lens, x.shape[1], x.device)[:, None, None].expand(-1, 1, x.shape[1], -1)
         for layer in net.layers:
             x = layer(x, mask)
         return net.layer_norm(x), lens
@@ -518,7 +546,7 @@ class AudioAdaptor(nn.Module):
     Input   enc (B, T, input_dim), enc_lens (B,) int64 real frames in each row.
     Output  emb (B, S, output_dim), S = ceil(T / stack); emb_lens (B,). Rows past emb_lens are zero.
             Padding, even NaN, never reaches a real position.
-    Raises  ValueError if enc has another width or a length lies outside 1..T.
+    Raises  ValueError if enc has another width or a length lies outside 1..T (lengths on a GPU are not looked at).
     Source  the published adaptor's state-dict names and order (input_proj, transformer, output_proj, norm).
             Departures: padding is masked; `norm.weight` can start at the RMS of the LLM's embedding table
             (`embedding_rms`), since a LayerNorm at 1.0 is about 40 x louder than Qwen3's embeddings. Stacking as in
@@ -547,22 +575,27 @@ class AudioAdaptor(nn.Module):
         if embedding_rms is not None:
             nn.init.constant_(self.norm.weight, embedding_rms)
 
+    def layers(self):
+        """Its transformer layers, for compile_layers."""
+        return [] if self.transformer is None else self.transformer.layers
+
     def out_lens(self, enc_lens):
         """S = ceil(T / stack): positions for a tensor or number of frames."""
         return (enc_lens + self.stack - 1) // self.stack
 
     def forward(self, enc, enc_lens):
         batch, frames, width = enc.shape
-        if width != self.input_dim or int(enc_lens.min()) < 1 or int(enc_lens.max()) > frames:
+        known = not enc_lens.is_cuda
+        if width != self.input_dim or known and not 1 <= int(enc_lens.min()) <= int(enc_lens.max()) <= frames:
             raise ValueError(
                 f"AudioAdaptor takes (B, T, {self.input_dim}) and lengths in 1..T, got {tuple(enc.shape)} and "
                 f"lengths {int(enc_lens.min())}..{int(enc_lens.max())}"
             )
         emb_lens = self.out_lens(enc_lens)
-        enc = enc.masked_fill(~length_mask(enc_lens, frames)[..., None], 0.0)
+        enc = enc.masked_fill(~length_mask(enc_lens, frames, enc.device)[..., None], 0.0)
         enc = F.pad(enc, (0, 0, 0, -frames % self.stack))  # (B, S * stack, W)
         x = self.input_proj(enc.reshape(batch, -1, width * self.stack))  # (B, S, hidden)
-        mask = length_mask(emb_lens, x.shape[1])
+        mask = length_mask(emb_lens, x.shape[1], x.device)
         x = self.activation(x) if self.transformer is None else self.transformer(x, src_key_padding_mask=~mask)
         emb = self.norm(self.output_proj(x))  # (B, S, D)
         return emb.masked_fill(~mask[..., None], 0.0), emb_lens
@@ -632,13 +665,15 @@ class CTCHead(nn.Module):
         targets: list of class lists. A row with more labels than frames allow has infinite loss; it is left out and
         counted (so is an empty one), because `zero_infinity` would otherwise hide it.
         """
+        lens = lens.cpu()
         possible = [i for i, (t, n) in enumerate(zip(targets, lens.tolist())) if ctc_min_frames(t) <= n and t]
         if not possible:
             return log_probs.sum() * 0.0, len(targets)
-        flat = torch.tensor([c for i in possible for c in targets[i]], device=log_probs.device)
-        target_lens = torch.tensor([len(targets[i]) for i in possible], device=log_probs.device)
-        total = F.ctc_loss(log_probs[possible].transpose(0, 1), flat, lens[possible], target_lens, self.blank,
-                           reduction="sum")
+        if len(possible) < len(targets):  # else no copy of the scores, which are large
+            log_probs, lens = log_probs[possible], lens[possible]
+        flat = upload(torch.tensor([c for i in possible for c in targets[i]]), log_probs.device)
+        target_lens = torch.tensor([len(targets[i]) for i in possible])
+        total = F.ctc_loss(log_probs.transpose(0, 1), flat, lens, target_lens, self.blank, reduction="sum")
         return total, len(targets) - len(possible)
 
 
@@ -706,10 +741,13 @@ def ctc_align(log_probs, labels, blank):
         raise ValueError(f"{len(labels)} labels do not fit into {len(log_probs)} CTC positions")
     if not labels:
         return []
-    target = torch.tensor([labels], dtype=torch.int32, device=log_probs.device)
-    path, scores = torchaudio.functional.forced_align(log_probs[None].float().contiguous(), target, blank=blank)
-    spans = torchaudio.functional.merge_tokens(path[0], scores[0], blank=blank)
-    return [(span.token, span.start, span.end, span.score) for span in spans]
+    classes = sorted({blank, *labels})  # few of many: the others need not leave the GPU
+    place = {label: n for n, label in enumerate(classes)}
+    scores = log_probs[:, upload(torch.tensor(classes), log_probs.device)].float().cpu()[None]  # (1, S, few)
+    target = torch.tensor([[place[label] for label in labels]], dtype=torch.int32)
+    path, scores = torchaudio.functional.forced_align(scores, target, blank=place[blank])
+    spans = torchaudio.functional.merge_tokens(path[0], scores[0], blank=place[blank])
+    return [(classes[span.token], span.start, span.end, span.score) for span in spans]
 
 
 def word_times(spans, pieces, position_s):
@@ -738,7 +776,7 @@ def ctc_soft_speech(log_probs, lens, head):
             Rows past soft_lens are zero. Padding, even NaN, never reaches a real row.
     """
     best = log_probs.argmax(-1)  # (B, S)
-    real = length_mask(lens, best.shape[1])
+    real = length_mask(lens, best.shape[1], best.device)
     spoken = real & (best != head.blank)
     previous = F.pad(best, (1, 0), value=head.blank)[:, :-1]
     starts = spoken & (best != previous)
@@ -901,11 +939,78 @@ def load_llm(name, dtype=torch.float32, device="cpu", lora_r=0, lora_alpha=None,
 
         config = LoraConfig(r=lora_r, lora_alpha=lora_alpha or 2 * lora_r, target_modules=list(lora_targets))
         llm = inject_adapter_in_model(config, llm)
+    fuse_norms(llm)
     freeze(llm)  # after the injection, so that peft's new modules stay in eval too
     for parameter in lora_parameters(llm).values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
     return llm.to(device), tokenizer
+
+
+def fuse_norms(llm):
+    """RMSNorm by torch's own kernel: transformers' is eight, and a layer of Qwen3 has four norms.
+
+    The same formula; in bf16 the weight is multiplied before rounding, not after.
+    """
+    def forward(norm, x):
+        return F.rms_norm(x, norm.weight.shape, norm.weight.to(x.dtype), norm.variance_epsilon)
+
+    for part in llm.modules():
+        if type(part).__name__.endswith("RMSNorm") and hasattr(part, "variance_epsilon"):
+            part.forward = types.MethodType(forward, part)  # a method, so that a deep copy has its own weights
+
+
+def compile_layers(layers, device):
+    """torch.compile of layers that are all alike, in place: they share one compilation, for every batch and length.
+
+    On a GPU only, where it joins what stands between the matrix products into few kernels (on a CPU it gained nothing).
+    What cannot be compiled runs as it is, with a warning.
+    """
+    if device.type == "cuda":
+        torch._dynamo.config.suppress_errors = True
+        for layer in layers:
+            layer.compile(dynamic=True)
+
+
+class Graphs:
+    """A function as CUDA graphs, one for each set of shapes: the CPU then launches one thing and not thousands.
+
+    Input   tensors on the GPU; the function may not look at their values (no .item(), no sizes that depend on them).
+    Output  what the function returns, in memory that the next call with these shapes writes to again.
+            On a CPU the function is simply called.
+    """
+
+    recording = threading.Lock()  # one thread at a time; the others go on with the GPU
+
+    def __init__(self, function):
+        self.function, self.graphs, self.pool = function, {}, None
+
+    def __call__(self, *tensors):
+        if not tensors[0].is_cuda:
+            return self.function(*tensors)
+        shapes = tuple(x.shape for x in tensors)
+        with torch.cuda.device(tensors[0].device):
+            if shapes not in self.graphs:
+                with self.recording:
+                    self.graphs[shapes] = self.record([x.clone() for x in tensors])
+            graph, inputs, outputs = self.graphs[shapes]
+            for own, given in zip(inputs, tensors):
+                own.copy_(given)
+            graph.replay()
+        return outputs
+
+    def record(self, inputs):
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries allocate in their first call, which must not be recorded
+            for _ in range(2):
+                self.function(*inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
+            outputs = self.function(*inputs)
+        return graph, inputs, outputs
 
 
 def load_embedding(name):
@@ -961,6 +1066,12 @@ def build_prompt(tokenizer, prompt, draft=None, language=None, hotwords=(), syst
         prompt = ("热词列表：[{}]\n" if is_cjk(prompt[:1]) else "Hotwords: [{}]\n").format(names) + prompt
     prompt, draft = prompt.replace(AUDIO_MARK, ""), draft and draft.replace(AUDIO_MARK, "")
     user = prompt + AUDIO_MARK + ("" if draft is None else f"\n{draft}")
+    return render_prompt(tokenizer, user, system)
+
+
+@functools.lru_cache(1024)  # most clips have the same prompt, and a template takes longer than a clip's share of a GPU
+def render_prompt(tokenizer, user, system):
+    """Token ids on either side of the audio in a chat turn; not to be changed, since the next caller gets them too."""
     messages = [{"role": "system", "content": system}] if system is not None else []
     text = tokenizer.apply_chat_template(
         [*messages, {"role": "user", "content": user}],
@@ -998,34 +1109,38 @@ def splice(embed, prompts, emb, emb_lens, targets=None, pad_left=False, shared=0
     Input   embed: the LLM's input embedding module; prompts: list of (before, after) id lists; emb (B, S, D) with
             emb_lens (B,); targets: list of id lists that end with the end-of-turn token, or None to generate.
             pad_left: the padding stands behind the first `shared` positions, for greedy_decode.
-    Output  dict inputs_embeds (B, L, D), attention_mask (B, L), position_ids (B, L), labels (B, L) int64.
+    Output  dict inputs_embeds (B, L, D), attention_mask (B, L), position_ids (B, L), labels (B, L) int64; the labels
+            on the CPU, so that nobody has to ask a GPU where they are.
     """
-    device = emb.device
     targets = [[] for _ in prompts] if targets is None else targets
     if not len(prompts) == len(targets) == len(emb) == len(emb_lens) or int(emb_lens.max()) > emb.shape[1]:
         raise ValueError(
             f"splice: {len(prompts)} prompts, {len(targets)} targets, audio {tuple(emb.shape)}, "
             f"longest length {int(emb_lens.max())}"
         )
-    ids = [[*before, *after, *target] for (before, after), target in zip(prompts, targets)]
-    text = embed(torch.tensor([i for row in ids for i in row], device=device)).split([len(row) for row in ids])
-    rows, labels = [], []
-    for (before, after), target, words, audio, length in zip(prompts, targets, text, emb, emb_lens.tolist()):
-        cut = len(before)
-        rows.append(torch.cat([words[:cut], audio[:length].to(words.dtype), words[cut:]]))  # (L_i, D)
-        labels.append(torch.tensor([IGNORE] * (cut + length + len(after)) + list(target), device=device))
-    side = "left" if pad_left else "right"
-
-    def padded(parts, value):
-        rest = pad_sequence([part[shared:] for part in parts], True, value, padding_side=side)
-        return torch.cat([torch.stack([part[:shared] for part in parts]), rest], dim=1)
-
-    labels, mask = padded(labels, IGNORE), padded([torch.ones(len(row), device=device) for row in rows], 0).bool()
+    lens = emb_lens.tolist()
+    sizes = [len(b) + n + len(a) + len(target) for (b, a), n, target in zip(prompts, lens, targets)]
+    shape = len(sizes), max(sizes)
+    # everything is laid out here, on the CPU, so that a GPU is handed a few tensors and not a few for every row
+    ids, real, labels = np.zeros(shape, np.int64), np.zeros(shape, bool), np.full(shape, IGNORE, np.int64)
+    source, place = [], []  # of the audio: its positions in (B * S, D), and where they go in (B * L, D)
+    for row, ((before, after), target, length, size) in enumerate(zip(prompts, targets, lens, sizes)):
+        shift, end = (shape[1] - size) * pad_left, len(before) + length  # end of the audio, without shift
+        real[row, :shared] = real[row, shared + shift : size + shift] = True
+        ids[row, :shared], ids[row, shared + shift : len(before) + shift] = before[:shared], before[shared:]
+        ids[row, end + shift : size + shift] = [*after, *target]
+        labels[row, size + shift - len(target) : size + shift] = target
+        source.append(row * emb.shape[1] + np.arange(length))
+        place.append(row * shape[1] + len(before) + shift + np.arange(length))
+    ids, real, source, place = (upload(torch.from_numpy(x), emb.device)
+                                for x in (ids, real, np.concatenate(source), np.concatenate(place)))
+    words = embed(ids).masked_fill(~real[..., None], 0.0)  # (B, L, D)
+    audio = emb.flatten(0, 1).index_select(0, source).to(words.dtype)  # (real positions, D)
     return {
-        "inputs_embeds": padded(rows, 0.0),
-        "attention_mask": mask.long(),
-        "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0),
-        "labels": labels,
+        "inputs_embeds": words.flatten(0, 1).index_copy(0, place, audio).view(words.shape),
+        "attention_mask": real.long(),
+        "position_ids": (real.long().cumsum(1) - 1).clamp(min=0),
+        "labels": torch.from_numpy(labels),
     }
 
 
@@ -1039,39 +1154,54 @@ def shared_prefix(prompts):
 def hidden_states(llm, spliced, shared=0):
     """Last hidden states of right-padded rows, from position `shared` on: (B, L - shared, D).
 
+    A causal LLM does not look to the right, so such rows need no mask (and attention takes its fastest kernel).
     The first `shared` positions, the same in all rows, run once: their keys and values serve every row. Values and
     gradients are those of the plain pass (tested).
     """
     from transformers import DynamicCache
 
-    inputs = {k: v for k, v in spliced.items() if k != "labels"}
+    embeds = spliced["inputs_embeds"]
     if not shared:
-        return llm.model(**inputs, use_cache=False).last_hidden_state
-    embeds, positions = inputs["inputs_embeds"], inputs["position_ids"]
+        return llm.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
     cache = DynamicCache(config=llm.config)
     prefix = embeds[:1, :shared]  # of a frozen table: without gradient, though the rows have one through their speech
     prefix = prefix if llm.get_input_embeddings().weight.requires_grad else prefix.detach()
-    llm.model(inputs_embeds=prefix, position_ids=positions[:1, :shared], past_key_values=cache,
-              use_cache=True)
+    cached_pass(llm, cache, inputs_embeds=prefix)
     cache.batch_repeat_interleave(len(embeds))
-    return llm.model(
-        inputs_embeds=embeds[:, shared:], position_ids=positions[:, shared:], past_key_values=cache, use_cache=True,
-        attention_mask=inputs["attention_mask"],
-    ).last_hidden_state
+    return cached_pass(llm, cache, inputs_embeds=embeds[:, shared:])
+
+
+def cached_pass(llm, cache, **inputs):
+    """Last hidden states (B, L, D) of what comes behind the positions in `cache`, which takes it up.
+
+    Layers that were compiled run as they are: each would be compiled anew for its own part of the cache.
+    """
+    with torch.compiler.set_stance("force_eager"):
+        inputs[cache_argument(type(llm.model))] = cache
+        return llm.model(**inputs, use_cache=True).last_hidden_state
+
+
+@functools.cache
+def cache_argument(kind):
+    """What a class of transformers calls its cache: `past_key_values`, since 5.24 `cache`."""
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 
 def transcript_loss(llm, spliced, shared=0, label_smoothing=0.0):
     """Cross-entropy of the labels through the LLM, logits on label positions only; `shared` as in hidden_states.
 
-    Output  (sum of CE in nats, number of label tokens, number of them predicted right), all on the device.
+    Output  (sum of CE in nats, number of label tokens, number of them predicted right); sums on the device.
     """
-    hidden = hidden_states(llm, spliced, shared)[:, :-1]
+    device = spliced["inputs_embeds"].device
+    shared = 0 if device.type == "cuda" else shared  # an H200 is faster on whole rows, compiled (README, Speed)
     labels = spliced["labels"][:, shared + 1 :]
-    chosen = labels != IGNORE  # position l predicts token l + 1
-    logits = llm.lm_head(hidden[chosen]).float()  # (label tokens, V)
-    target = labels[chosen]
+    row, column = (labels != IGNORE).nonzero(as_tuple=True)  # position l predicts token l + 1
+    target = upload(labels[row, column], device)
+    hidden = hidden_states(llm, spliced, shared)
+    places = upload(row * hidden.shape[1] + column, device)
+    logits = llm.lm_head(hidden.flatten(0, 1).index_select(0, places)).float()  # (label tokens, V)
     loss = F.cross_entropy(logits, target, reduction="sum", label_smoothing=label_smoothing)
-    return loss, chosen.sum(), (logits.argmax(-1) == target).sum()
+    return loss, len(target), (logits.argmax(-1) == target).sum()
 
 
 @torch.no_grad()
@@ -1081,7 +1211,7 @@ def read_prefix(llm, ids):
 
     cache = DynamicCache(config=llm.config)
     if ids:
-        llm.model(input_ids=torch.tensor([ids], device=llm.device), past_key_values=cache, use_cache=True)
+        cached_pass(llm, cache, input_ids=torch.tensor([ids], device=llm.device))
     return cache
 
 
@@ -1130,13 +1260,7 @@ def decode_stream(llm, batches, stop_id, repetition_penalty=1.0, no_repeat_ngram
         chosen, gained = iter(chosen.tolist()), iter(gained.tolist())
         for slot, (row, guess) in enumerate(zip(part.rows, offered)):
             tokens, log_probs = ([next(values) for _ in range(1 + len(guess))] for values in (chosen, gained))
-            right = 0
-            while True:
-                row.score += log_probs[right]
-                goes_on = add_token(row.answer, tokens[right], stop_id, row.cap)
-                if not goes_on or right == len(guess) or guess[right] != tokens[right]:
-                    break
-                right += 1
+            goes_on, right = accept(row, guess, tokens, log_probs, stop_id)
             if goes_on:
                 going.append(slot)
                 agreed.append(right)
@@ -1171,6 +1295,20 @@ def decode_stream(llm, batches, stop_id, repetition_penalty=1.0, no_repeat_ngram
         yield from advance(part)
 
 
+def accept(row, guess, tokens, log_probs, stop_id):
+    """A row's answer grows by what was guessed right and one token more, all of them the LLM's own choice.
+
+    Input   tokens, log_probs: what the LLM writes in place of each guessed token, and behind the last.
+    Output  whether the answer goes on; how many tokens were guessed right.
+    """
+    for right, (token, log_prob) in enumerate(zip(tokens, log_probs)):
+        row.score += log_prob
+        if not add_token(row.answer, token, stop_id, row.cap):
+            return False, right
+        if right == len(guess) or guess[right] != token:
+            return True, right
+
+
 def read_pass(llm, part, guesses):
     """The LLM reads what comes next in each row and the guess behind it (list of id lists).
 
@@ -1180,8 +1318,7 @@ def read_pass(llm, part, guesses):
     width = max(map(len, guesses))
     if width:
         inputs, mask, position = append_guesses(llm, inputs, mask, position, guesses)
-    hidden = llm.model(**inputs, attention_mask=mask, position_ids=position, past_key_values=part.cache,
-                       use_cache=True).last_hidden_state
+    hidden = cached_pass(llm, part.cache, **inputs, attention_mask=mask, position_ids=position)
     first = hidden.shape[1] - 1 - width
     places = [(slot, first + n) for slot, guess in enumerate(guesses) for n in range(1 + len(guess))]
     return llm.lm_head(hidden[tuple(torch.tensor(places, device=hidden.device).T)]).float()
@@ -1231,6 +1368,60 @@ def join_parts(old, new):
         rows=old.rows + new.rows, cache=old.cache, mask=joined(old.mask[:, used], new.mask, 1),
         position=torch.cat([old.position, new.position]),
         inputs={"input_ids": torch.cat([old.inputs["input_ids"], new.inputs["input_ids"]])})
+
+
+@torch.no_grad()
+def decode_drafted(llm, batches, stop_id, alone=False):
+    """decode_stream for a GPU and clips with drafts: the same answers without a key-value cache, in whole passes.
+
+    A pass reads prompt, speech, the answer so far and the guess behind it, as in training, and the answer grows by what
+    was guessed right and one token more. What is not finished is read again, all of it, with the clips of the next
+    batch. To a GPU the hundred positions of a clip cost little more than one (it has to fetch all weights in any
+    case), while passes over a cache are many small operations for which it waits.
+    Input   batches: iterable of lists of namespaces: prompt (before, after), speech (K, D), guess (list of ids), cap.
+            alone: finish each batch before the next one is begun.
+    Output  yields (namespace, ids without the stop token, sum of log-probabilities).
+    """
+    embed, waiting, budget = llm.get_input_embeddings(), [], 0
+    one_clip = Graphs(lambda embeds: hidden_states(llm, {"inputs_embeds": embeds}))
+
+    def size(row):
+        before, after = row.clip.prompt
+        return len(before) + len(row.clip.speech) + len(after) + len(row.answer) + len(row.guess)
+
+    def read(rows):
+        """One pass; yields what is finished, and leaves the rest in `waiting`."""
+        speech = [row.clip.speech for row in rows]
+        spliced = splice(embed, [row.clip.prompt for row in rows], pad_sequence(speech, True),
+                         torch.tensor(list(map(len, speech))), [row.answer + row.guess for row in rows])
+        embeds = spliced["inputs_embeds"]
+        if len(rows) == 1:  # to lengths that come again
+            embeds = F.pad(embeds, (0, 0, 0, -embeds.shape[1] % 32))
+        hidden = (one_clip if len(rows) == 1 else one_clip.function)(embeds)
+        first = [n * embeds.shape[1] + size(row) - len(row.guess) - 1 for n, row in enumerate(rows)]
+        places = torch.tensor([at + n for at, row in zip(first, rows) for n in range(1 + len(row.guess))])
+        scores = llm.lm_head(hidden.flatten(0, 1).index_select(0, upload(places, hidden.device))).float()
+        chosen = scores.argmax(-1)
+        gained = scores.gather(1, chosen[:, None])[:, 0] - scores.logsumexp(-1)  # log-probabilities
+        chosen, gained = iter(chosen.tolist()), iter(gained.tolist())
+        for row in rows:
+            tokens, log_probs = ([next(values) for _ in range(1 + len(row.guess))] for values in (chosen, gained))
+            goes_on, right = accept(row, row.guess, tokens, log_probs, stop_id)
+            if goes_on:
+                row.guess = next_guess(row.answer, row.guess[right:])
+                waiting.append(row)
+            else:
+                yield row.clip, row.answer, row.score
+
+    for batch in itertools.chain(batches, [[]]):  # at the end, what is left
+        waiting += [SimpleNamespace(clip=clip, answer=[], score=0.0, cap=clip.cap, guess=clip.guess) for clip in batch]
+        budget = max([budget, *(size(row) * len(batch) for row in waiting[len(waiting) - len(batch) :])])
+        waiting.sort(key=size, reverse=True)
+        while waiting and (alone or not batch or size(waiting[0]) * len(waiting) >= budget):
+            count = max(1, budget // size(waiting[0]))
+            rows, waiting[:] = waiting[:count], waiting[count:]
+            yield from read(rows)
+            waiting.sort(key=size, reverse=True)
 
 
 def cut_runs(lengths, pass_cost):
@@ -1299,10 +1490,11 @@ def answer_log_probs(llm, prompt, speech, answers, stop_id):
     spliced = splice(llm.get_input_embeddings(), many, speech.expand(len(answers), -1, -1), lens, targets)
     shared = len(prompt[0]) + len(speech) + len(prompt[1]) - 1  # all but the last token before the answer
     labels = spliced["labels"][:, shared + 1 :]
-    hidden = hidden_states(llm, spliced, shared)[:, :-1]
-    chosen = labels != IGNORE
-    scores = llm.lm_head(hidden[chosen]).float().log_softmax(-1).gather(1, labels[chosen][:, None])[:, 0]
-    return torch.zeros(len(answers), device=scores.device).index_add(0, chosen.nonzero()[:, 0], scores)
+    row, column = (labels != IGNORE).nonzero(as_tuple=True)
+    hidden = hidden_states(llm, spliced, shared)[row, column]
+    target = labels[row, column].to(hidden.device)
+    scores = llm.lm_head(hidden).float().log_softmax(-1).gather(1, target[:, None])[:, 0]
+    return torch.zeros(len(answers), device=scores.device).index_add(0, row.to(scores.device), scores)
 
 
 def token_cap(seconds, ctc_tokens=None):
@@ -1615,7 +1807,8 @@ class ParakeetEncoder(SpeechEncoder):
         return torch.as_tensor(feats)[: len(wave) // self.extractor.hop_length]  # (mel frames, M)
 
     def forward(self, feats, lens):
-        enc = self.net(feats, attention_mask=length_mask(lens, feats.shape[1])).last_hidden_state  # (B, T, W)
+        mask = length_mask(lens, feats.shape[1], feats.device)
+        enc = self.net(feats, attention_mask=mask).last_hidden_state  # (B, T, W)
         return enc, self.out_lens(lens)
 
 
@@ -1751,7 +1944,7 @@ class SteerMoE(nn.Module):
 
         def pool_output(enc, lens):
             if not early:
-                enc, _ = pool_frames(enc, length_mask(lens, enc.shape[1]), self.kernel, self.kind)
+                enc, _ = pool_frames(enc, length_mask(lens, enc.shape[1], enc.device), self.kernel, self.kind)
             return enc, (lens + self.kernel - 1) // self.kernel
 
         for number, layer in enumerate(layers):
@@ -1949,12 +2142,12 @@ class FunASRTransformer(nn.Module):
         self.blocks = nn.ModuleList([FunASRBlock(llm_dim, attention_heads) for _ in range(n_layer)])
 
     def forward(self, x, lens):
-        x = x.masked_fill(~length_mask(lens, x.shape[1])[..., None], 0.0)
+        x = x.masked_fill(~length_mask(lens, x.shape[1], x.device)[..., None], 0.0)
         x = F.pad(x, (0, 0, 0, -x.shape[1] % self.stack))
         x = x.reshape(len(x), -1, x.shape[2] * self.stack)  # (B, ceil(T/k), k * encoder_dim)
         x = self.linear2(F.relu(self.linear1(x)))  # (B, ceil(T/k), llm_dim)
         lens = (lens - 1) // self.stack + 1
-        mask = length_mask(lens, x.shape[1])
+        mask = length_mask(lens, x.shape[1], x.device)
         for block in self.blocks:
             x = block(x, mask)
         return x, lens

@@ -163,6 +163,8 @@ def pick_device(cfg):
     names["auto"] = torch.bfloat16 if kind.startswith("cuda") else torch.float32
     if cfg["dtype"] not in names:
         raise ValueError(f"dtype: expected one of {', '.join(names)}, got {cfg['dtype']!r}")
+    if names[cfg["dtype"]] == torch.bfloat16:
+        torch.set_float32_matmul_precision("high")  # TF32, of what is fp32 beside bf16: CTC's scores
     return torch.device(kind), names[cfg["dtype"]]
 
 
@@ -218,6 +220,9 @@ def list_clips(cfg):
     return list(clips.values())
 
 
+MESSAGE = 32  # clips that a worker hands over at once: every message takes its time, however little is in it
+
+
 class Clips(torch.utils.data.Dataset):
     """clip -> (clip, features or None, seconds, reason): audio and features are made in worker processes."""
 
@@ -240,40 +245,70 @@ class Clips(torch.utils.data.Dataset):
             return clip, None, seconds, str(error)
 
 
+def pack(items):
+    """A worker's message: (clip, frames, seconds, reason) of each item, and the features of all in one array or None.
+
+    An array, since each tensor of a worker would hold a file descriptor.
+    """
+    features = [feats.numpy() for _, feats, _, reason in items if not reason]
+    rows = [(clip, 0 if reason else len(feats), seconds, reason) for clip, feats, seconds, reason in items]
+    return rows, np.concatenate(features) if features else None
+
+
+def load_shards(shards, encoder, cfg, bar):
+    """Features of one shard after the other, while workers make those of the next: yields lists of messages."""
+    starts = np.cumsum([0, *map(len, shards)]).tolist()
+    parts = [[range(first, min(first + MESSAGE, end)) for first in range(start, end, MESSAGE)]
+             for start, end in zip(starts, starts[1:])]
+    loader = iter(torch.utils.data.DataLoader(
+        Clips([clip for shard in shards for clip in shard], encoder, cfg), collate_fn=pack,
+        batch_sampler=[part for shard in parts for part in shard], num_workers=cfg["workers"],
+        prefetch_factor=4 if cfg["workers"] else None,
+        multiprocessing_context="fork" if cfg["workers"] else None,  # workers share the encoder's memory
+    ))
+    for shard in parts:
+        messages = []
+        for part in shard:
+            messages.append(next(loader))
+            bar.update(len(part))
+        yield messages
+
+
 # ---- encoding ---------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def encode_shard(clips, encoder, cfg, device, dtype, bar):
-    """Encode one shard's clips. Output: fp16 (frames, W), index rows in that order, bad rows."""
-    loader = torch.utils.data.DataLoader(
-        Clips(clips, encoder, cfg), batch_size=None, num_workers=cfg["workers"],
-        multiprocessing_context="fork" if cfg["workers"] else None,  # workers share the encoder's memory
-    )
-    loaded, bad = [], []
-    for clip, feats, seconds, reason in loader:
+def encode_shard(messages, encoder, cfg, device, dtype):
+    """Encode one shard's clips, messages of `pack`. Output: fp16 (frames, W), index rows in that order, bad rows."""
+    bad, clips, first = [], [], 0
+    for clip, length, seconds, reason in (row for rows, _ in messages for row in rows):
         if reason:
             bad.append({"key": clip["key"], "source": clip["source"], "reason": reason})
         else:
-            loaded.append((clip, feats.clone(), seconds))  # a worker's tensor holds a file descriptor
-        bar.update(1)
-    loaded.sort(key=lambda item: (len(item[1]), item[0]["key"]))  # neighbours of like length: little padding
+            clips.append((length, clip, seconds, first))
+            first += length
+    flat = [model.upload(torch.from_numpy(feats), device) for _, feats in messages if feats is not None]
+    flat = torch.cat(flat) if flat else None  # (mel frames of all clips, F), on the device
+    clips.sort(key=lambda item: (item[0], item[1]["key"]))  # neighbours of like length: little padding
     outputs, index, first = [], [], 0
-    while loaded:
-        batch = [loaded.pop()]
+    while clips:
+        batch = [clips.pop()]
         longest = 30.0 if cfg["encoder.pad_to_30s"] else batch[0][2]
-        while loaded and (len(batch) + 1) * longest <= cfg["batch_s"]:
-            batch.append(loaded.pop())
-        lens = torch.tensor([len(feats) for _, feats, _ in batch])
-        feats = torch.nn.utils.rnn.pad_sequence([feats for _, feats, _ in batch], batch_first=True)  # (B, T, F)
+        while clips and (len(batch) + 1) * longest <= cfg["batch_s"]:
+            batch.append(clips.pop())
+        lens, starts = torch.tensor([item[0] for item in batch]), torch.tensor([item[3] for item in batch])
+        steps = torch.arange(batch[0][0])
+        places = starts[:, None] + torch.minimum(steps, lens[:, None] - 1)  # (B, T)
+        feats = flat[model.upload(places, device)]  # (B, T, F)
+        feats = feats.masked_fill(~model.length_mask(lens, len(steps), device)[..., None], 0.0)
         with autocast(device, dtype):
-            enc, enc_lens = encoder(feats.to(device), lens.to(device))  # (B, T', W)
+            enc, enc_lens = encoder(feats, lens)  # (B, T', W)
         enc = enc.to(torch.float16).cpu()
-        for row, length, (clip, _, seconds) in zip(enc, enc_lens.tolist(), batch):
-            if not torch.isfinite(row[:length]).all():
+        for row, length, (_, clip, seconds, _) in zip(enc.numpy(), enc_lens.tolist(), batch):
+            if not np.isfinite(row[:length]).all():
                 bad.append({"key": clip["key"], "source": clip["source"], "reason": "encoder output is not finite"})
                 continue
-            outputs.append(row[:length].numpy())
+            outputs.append(row[:length])
             index.append({"key": clip["key"], "first": first, "frames": length, "seconds": round(seconds, 3)})
             first += length
     frames = np.concatenate(outputs) if outputs else np.zeros((0, encoder.width), np.float16)
@@ -313,15 +348,19 @@ def main(cfg):
         write_atomic(folder / "cache.json", lambda file: file.write(json.dumps(identity, indent=1).encode()))
         print(f"{len(clips)} clips in {len(shards)} shards -> {folder} | {cfg['encoder.name']} W={encoder.width} "
               f"{encoder.frame_ms:g} ms | {device} {dtype} | torch {torch.__version__}", flush=True)
+    if dtype == torch.bfloat16:
+        model.store_bf16(encoder)
     n_bad, mine = 0, range(rank, len(shards), world)
+    paths = {number: folder / f"shard-{number:05d}.json" for number in mine}
+    wanted = [number for number in mine if not paths[number].is_file()]
     bar = tqdm(total=sum(len(shards[number]) for number in mine), unit="clip", disable=rank != 0 or None)
-    for number in mine:
-        path = folder / f"shard-{number:05d}.json"
-        if path.is_file():
+    loaded = load_shards([shards[number] for number in wanted], encoder, cfg, bar)
+    for number, path in paths.items():
+        if number not in wanted:
             shard = json.loads(path.read_text(encoding="utf-8"))
             bar.update(len(shards[number]))
         else:
-            frames, index, bad = encode_shard(shards[number], encoder, cfg, device, dtype, bar)
+            frames, index, bad = encode_shard(next(loaded), encoder, cfg, device, dtype)
             shard = {"clips": index, "bad": bad, "frames": len(frames)}
             write_atomic(path.with_suffix(".npy"), lambda file, frames=frames: np.save(file, frames))
             write_atomic(path, lambda file, shard=shard: file.write(json.dumps(shard).encode()))  # last: marks it done

@@ -88,6 +88,7 @@ DEFAULTS = {
     "run.valid_every": 500,
     "run.log_every": 50,
     "seed": 0,
+    "compile": True,  # on a GPU: torch.compile of the adaptor's layers
     "device": "auto",
     "dtype": "auto",  # autocast; trainable weights are fp32 always
 }
@@ -201,6 +202,8 @@ def pick_device(cfg):
     names["auto"] = torch.bfloat16 if kind.startswith("cuda") else torch.float32
     if cfg["dtype"] not in names:
         raise ValueError(f"dtype: expected one of {', '.join(names)}, got {cfg['dtype']!r}")
+    if names[cfg["dtype"]] == torch.bfloat16:
+        torch.set_float32_matmul_precision("high")  # TF32, of what is fp32 beside bf16: CTC's scores
     return torch.device(kind), names[cfg["dtype"]]
 
 
@@ -430,7 +433,7 @@ def epoch_batches(lengths, size, budget, world, seed, epoch):
 
 
 def load_frames(utterances, cache, cfg, seed=None):
-    """Cached encoder outputs of one batch: enc (B, T, W) fp32, lens (B,). seed: augment, for training."""
+    """Cached encoder outputs of one batch: enc (B, T, W) fp32, lens (B,) on the CPU. seed: augment, for training."""
     enc, lens = cache.batch([utterance["key"] for utterance in utterances])
     masks, level = cfg["augment.time_masks"], cfg["augment.feature_noise"]
     if seed is None or not masks and not level:
@@ -470,6 +473,17 @@ def make_optimizer(module, cfg, device):
     groups = [{"params": [p for p in trainable if p.ndim > 1], "weight_decay": cfg["optim.weight_decay"]},
               {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=cfg["optim.lr"], betas=(0.9, 0.98), fused=device.type in ("cuda", "cpu"))
+
+
+def check_gradients(norms, step, folder):
+    """Stop at a gradient that is not finite. Asked from time to time, since every time a GPU runs dry for it.
+
+    Input   norms: of the steps since the last time, on the device; step: the last one.
+    """
+    if norms and not bool(torch.isfinite(torch.stack(norms)).all()):
+        first = step - len(norms) + 1 + [math.isfinite(norm) for norm in norms].index(False)
+        raise ValueError(f"step {first}: the gradient is not finite; {folder}/last.pt, if it is there, is from before. "
+                         "Lower optim.lr, then resume with run.resume=true")
 
 
 def check_identity(found, identity, path):
@@ -537,16 +551,16 @@ class ResidentCache:
         for start, shard in zip(starts, cache.shards):
             self.frames[start : start + len(shard)] = torch.from_numpy(np.array(shard)).to(device)
         first = [starts[shard] + first for shard, first in zip(cache.shard, cache.first)]
-        self.first, self.numbers, self.lengths = torch.tensor(first, device=device), cache.numbers, cache.frames
+        self.first, self.numbers, self.lengths = torch.tensor(first), cache.numbers, cache.frames
 
     def batch(self, keys):
-        """enc (B, T, W) fp32, zeros where padded; lens (B,)."""
-        numbers, device = [self.numbers[key] for key in keys], self.first.device
-        lens = [self.lengths[number] for number in numbers]
-        places = self.first[torch.tensor(numbers, device=device)][:, None] + torch.arange(max(lens), device=device)
-        lens = torch.tensor(lens, device=device)  # places are (B, T)
-        enc = self.frames[places.clamp(max=len(self.frames) - 1)].float()
-        return enc.masked_fill(~model.length_mask(lens, enc.shape[1])[..., None], 0.0), lens
+        """enc (B, T, W) fp32 on the device, zeros where padded; lens (B,) on the CPU."""
+        numbers = [self.numbers[key] for key in keys]
+        lens = torch.tensor([self.lengths[number] for number in numbers])
+        steps = torch.arange(int(lens.max()))
+        places = model.upload(self.first[numbers][:, None] + steps.clamp(max=lens[:, None] - 1), self.frames.device)
+        enc = self.frames[places].float()  # places are (B, T)
+        return enc.masked_fill(~model.length_mask(lens, len(steps), enc.device)[..., None], 0.0), lens
 
 
 def speed_up(cache, cfg, device):
@@ -558,11 +572,11 @@ def speed_up(cache, cfg, device):
 
 
 def prefetch(batches):
-    """Get the next batch in a thread while the GPU trains on this one. Two CPU cores have no time to spare for it."""
+    """Get the next batch in a thread while the GPU works on this one. Two CPU cores have no time to spare for it."""
     with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(next, batches)
-        while True:
-            batch, ahead = ahead.result(), pool.submit(next, batches)
+        ahead = pool.submit(next, batches, None)
+        while (batch := ahead.result()) is not None:
+            ahead = pool.submit(next, batches, None)
             yield batch
 
 
@@ -617,7 +631,7 @@ class Phase1(nn.Module):
     def pool(self, enc, lens):
         """emb (B, S, D), lens, and the unit vector (B, D) of each clip's mean."""
         emb, emb_lens = self.adaptor(enc, lens)
-        return emb, emb_lens, F.normalize(emb.float().sum(1) / emb_lens[:, None], dim=-1)
+        return emb, emb_lens, F.normalize(emb.float().sum(1), dim=-1)  # of the sum, as of the mean
 
     def forward(self, enc, lens, text, text_ids, targets):
         emb, emb_lens, audio = self.pool(enc, lens)
@@ -650,7 +664,7 @@ def validate(phase, utterances, cache, table, tokenizer, cfg, device, dtype):
         batch = utterances[start : start + 64]
         enc, lens = load_frames(batch, cache, cfg)
         with autocast(device, dtype):
-            emb, emb_lens, vectors = phase.pool(enc.to(device), lens.to(device))
+            emb, emb_lens, vectors = phase.pool(enc.to(device), lens)
         audio.append(vectors.cpu())
         texts.append(pool_texts([u["ids"] for u in batch], table).cpu())
         if phase.ctc is not None:
@@ -671,7 +685,8 @@ def validate(phase, utterances, cache, table, tokenizer, cfg, device, dtype):
 def pool_texts(ids, table):
     """Unit vectors (B, D) of the mean embeddings of transcripts, lists of token ids."""
     offsets = list(itertools.accumulate((len(row) for row in ids[:-1]), initial=0))
-    flat, offsets = (torch.tensor(numbers, device=table.device) for numbers in (sum(ids, []), offsets))
+    flat = list(itertools.chain.from_iterable(ids))
+    flat, offsets = (model.upload(torch.tensor(numbers), table.device) for numbers in (flat, offsets))
     return F.normalize(F.embedding_bag(flat, table, offsets, mode="mean").float(), dim=-1)
 
 
@@ -736,6 +751,8 @@ def main(cfg):
     state = open_run(cfg, rank, identity)
     phase = build(cfg, cache, table, train, device)
     optimizer = make_optimizer(phase, cfg, device)
+    if cfg["compile"]:
+        model.compile_layers(phase.adaptor.layers(), device)
     wrapped = nn.parallel.DistributedDataParallel(phase, broadcast_buffers=False) if world > 1 else phase
     accum = cfg["optim.accum"]
     first = epoch_batches(train.frames, cfg["batch_clips"], cfg["batch_frames"], world, cfg["seed"], 0)
@@ -758,7 +775,7 @@ def main(cfg):
     quick = speed_up(cache, cfg, device)
     batches = stream(train, quick, cfg, step, epoch, used, first)
     batches = prefetch(batches) if device.type == "cuda" else batches
-    window, started = new_window(), time.time()
+    window, norms, started = new_window(), [], time.time()
     bar = tqdm(total=total, initial=step, unit="step", disable=rank != 0 or None)
     while step < total:
         torch.manual_seed(int(model.hash_text([cfg["seed"], step, rank])[:15], 16))  # dropout: a function of the step
@@ -770,10 +787,11 @@ def main(cfg):
         clips = sum(count for _, _, count, *_ in micro)  # of all processes: what the loss is averaged over
         for _, _, _, mine, enc, lens in micro:
             text = pool_texts([u["ids"] for u in mine], table)
-            text_ids = torch.tensor([[int(model.hash_text(u["target"])[:15], 16)] for u in mine], device=device)
+            text_ids = [[int(model.hash_text(u["target"])[:15], 16)] for u in mine]
+            text_ids = model.upload(torch.tensor(text_ids), device)
             targets = [phase.ctc.classes(u["ids"]) for u in mine] if phase.ctc is not None else None
             with autocast(device, dtype):
-                nce, ctc, impossible = wrapped(enc.to(device), lens.to(device), text, text_ids, targets)
+                nce, ctc, impossible = wrapped(model.upload(enc, device), lens, text, text_ids, targets)
             loss = (cfg["loss.contrastive_weight"] * nce + cfg["loss.ctc_weight"] * ctc) / clips
             (loss * world).backward()  # DDP averages over processes, we want the sum
             window["nce"] += nce.detach()
@@ -781,13 +799,17 @@ def main(cfg):
             window["clips"] += len(mine)
             window["impossible"] += impossible
             window["audio_s"] += sum(u["seconds"] for u in mine)
-        grad_norm = nn.utils.clip_grad_norm_(phase.parameters(), cfg["optim.clip"], error_if_nonfinite=True)
+        grad_norm = nn.utils.clip_grad_norm_(phase.parameters(), cfg["optim.clip"])
+        norms.append(grad_norm)
         optimizer.step()
         phase.log_temperature.data.clamp_(math.log(0.01), 0.0)  # as in CLIP: below 0.01 the training is unstable
         optimizer.zero_grad(set_to_none=True)
         step += 1
         bar.update(1)
         last = step == total
+        if last or any(step % cfg[f"run.{what}_every"] == 0 for what in ("log", "valid", "save")):
+            check_gradients(norms, step, folder)
+            norms = []
         if rank == 0 and (step % cfg["run.log_every"] == 0 or last):
             log_window(window, cfg, phase, step, total, lr, grad_norm, metrics, writer, bar)
             window = new_window()

@@ -105,6 +105,7 @@ DEFAULTS = {
     "run.valid_decode": 64,  # clips of valid that are decoded, always the first ones
     "run.log_every": 20,
     "seed": 0,
+    "compile": True,  # on a GPU: torch.compile of the LLM's and the adaptor's layers
     "device": "auto",
     "dtype": "auto",  # of the frozen LLM and autocast; trainable weights are fp32 always
 }
@@ -218,6 +219,8 @@ def pick_device(cfg):
     names["auto"] = torch.bfloat16 if kind.startswith("cuda") else torch.float32
     if cfg["dtype"] not in names:
         raise ValueError(f"dtype: expected one of {', '.join(names)}, got {cfg['dtype']!r}")
+    if names[cfg["dtype"]] == torch.bfloat16:
+        torch.set_float32_matmul_precision("high")  # TF32, of what is fp32 beside bf16: CTC's scores
     return torch.device(kind), names[cfg["dtype"]]
 
 
@@ -447,7 +450,7 @@ def epoch_batches(lengths, size, budget, world, seed, epoch):
 
 
 def load_frames(utterances, cache, cfg, seed=None):
-    """Cached encoder outputs of one batch: enc (B, T, W) fp32, lens (B,). seed: augment, for training."""
+    """Cached encoder outputs of one batch: enc (B, T, W) fp32, lens (B,) on the CPU. seed: augment, for training."""
     enc, lens = cache.batch([utterance["key"] for utterance in utterances])
     masks, level = cfg["augment.time_masks"], cfg["augment.feature_noise"]
     if seed is None or not masks and not level:
@@ -487,6 +490,17 @@ def make_optimizer(module, cfg, device):
     groups = [{"params": [p for p in trainable if p.ndim > 1], "weight_decay": cfg["optim.weight_decay"]},
               {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=cfg["optim.lr"], betas=(0.9, 0.98), fused=device.type in ("cuda", "cpu"))
+
+
+def check_gradients(norms, step, folder):
+    """Stop at a gradient that is not finite. Asked from time to time, since every time a GPU runs dry for it.
+
+    Input   norms: of the steps since the last time, on the device; step: the last one.
+    """
+    if norms and not bool(torch.isfinite(torch.stack(norms)).all()):
+        first = step - len(norms) + 1 + [math.isfinite(norm) for norm in norms].index(False)
+        raise ValueError(f"step {first}: the gradient is not finite; {folder}/last.pt, if it is there, is from before. "
+                         "Lower optim.lr, then resume with run.resume=true")
 
 
 def check_identity(found, identity, path):
@@ -590,7 +604,10 @@ def read_audio_utterances(cfg, specs, tokenizer, encoder, repeat=(1,)):
 
 
 class AudioClips(torch.utils.data.Dataset):
-    """utterance -> (features (T, F), reason): read, augment and featurise one clip; random by seed, epoch and key."""
+    """utterance -> (features (T, F), reason): read, augment and featurise one clip; random by seed, epoch and key.
+
+    The features are an array: a tensor from a worker holds a file descriptor, and handing that over takes its time.
+    """
 
     def __init__(self, utterances, encoder, cfg, epoch=None):
         self.utterances, self.encoder, self.cfg, self.epoch = utterances, encoder, cfg, epoch
@@ -604,9 +621,9 @@ class AudioClips(torch.utils.data.Dataset):
             wave = model.load_audio(utterance["source"], rate)
             if self.epoch is not None:
                 wave = self.augment(wave, rate, f"{cfg['seed']}-{self.epoch}-{utterance['key']}")
-            return self.encoder.features(wave, utterance["key"]), ""
+            return self.encoder.features(wave, utterance["key"]).numpy(), ""
         except model.AudioError as error:  # one second of silence without labels takes its place in the batch
-            return self.encoder.features(torch.zeros(rate)), str(error)
+            return self.encoder.features(torch.zeros(rate)).numpy(), str(error)
 
     def augment(self, wave, rate, seed):
         cfg, rng = self.cfg, random.Random(seed)
@@ -632,7 +649,7 @@ def encoder_batches(utterances, batches, encoder, cfg, device, dtype, epoch, bad
         lfr_rate=model.LFR_M - 1 if isinstance(encoder, model.KaldiEncoder) else 0)
     for batch, items in zip(batches, loader):
         lens = torch.tensor([len(feats) for feats, _ in items])
-        feats = torch.nn.utils.rnn.pad_sequence([feats for feats, _ in items], batch_first=True)
+        feats = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(feats) for feats, _ in items], batch_first=True)
         if cfg["augment.specaug"] and epoch is not None:
             seed = int(model.hash_text([cfg["seed"], epoch, batch])[:12], 16)
             feats, lens = masking(feats, lens, torch.Generator().manual_seed(seed))
@@ -640,7 +657,7 @@ def encoder_batches(utterances, batches, encoder, cfg, device, dtype, epoch, bad
             if reason and all(row["source"] != utterances[index]["source"] for row in bad):
                 bad.append({"key": utterances[index]["key"], "source": utterances[index]["source"], "reason": reason})
         with torch.no_grad(), autocast(device, dtype):
-            enc, enc_lens = encoder(feats.to(device), lens.to(device))
+            enc, enc_lens = encoder(model.upload(feats, device), lens)
         yield enc.float(), enc_lens, [not reason for _, reason in items]
 
 
@@ -728,7 +745,7 @@ def validate(phase, utterances, load, cfg, device, dtype):
         batch, enc, lens = load(utterances[start : start + 16])
         if not batch:
             continue
-        enc, lens = enc.to(device), lens.to(device)
+        enc = enc.to(device)
         with autocast(device, dtype):
             ce, right, _, _, _ = phase(enc, lens, batch, [u["ids"] for u in batch], [drafted] * len(batch))
         sums += torch.tensor([float(ce), float(right), sum(len(u["ids"]) + 1 for u in batch)])
@@ -845,7 +862,9 @@ def main(cfg):
     if cfg["init.dir"] and origin.is_file():  # beside an adaptor from elsewhere there is none
         check_identity(json.loads(origin.read_text(encoding="utf-8")), identity, origin)
     phase = build(cfg, width, llm, tokenizer, train, device)
-    optimizer = make_optimizer(phase, cfg, device)
+    optimizer, trainable = make_optimizer(phase, cfg, device), [p for p in phase.parameters() if p.requires_grad]
+    if cfg["compile"]:
+        model.compile_layers([*llm.model.layers, *phase.adaptor.layers()], device)
     wrapped = nn.parallel.DistributedDataParallel(phase, broadcast_buffers=False) if world > 1 else phase
     step, epoch, used, best, spent, accum = 0, 0, 0, math.inf, 0.0, cfg["optim.accum"]
     if state:
@@ -873,7 +892,7 @@ def main(cfg):
 
     phase.train()
     batches = stream(train, lengths, encoder, cache, cfg, device, dtype, epoch, used, first, bad)
-    window, started = new_window(), time.time()
+    window, norms, started = new_window(), [], time.time()
     bar = tqdm(total=total, initial=step, unit="step", disable=rank != 0 or None)
     while step < total:
         torch.manual_seed(int(model.hash_text([cfg["seed"], step, rank])[:15], 16))  # dropout: a function of the step
@@ -884,8 +903,9 @@ def main(cfg):
         epoch, used = micro[-1][:2]
         ids = [[u["ids"] if good else [] for u, good in zip(part[2], part[5])] for part in micro]
         counts = torch.tensor([sum(len(row) + 1 for part in ids for row in part if row),
-                               sum(1 for part in ids for row in part if row)], dtype=torch.float64, device=device)
+                               sum(1 for part in ids for row in part if row)], dtype=torch.float64)
         if world > 1:
+            counts = counts.to(device)
             dist.all_reduce(counts)
         tokens, clips = counts.clamp(min=1).tolist()  # label tokens and clips of the whole step, all processes
         for (_, _, utterances, enc, lens, _), part in zip(micro, ids):
@@ -893,7 +913,7 @@ def main(cfg):
             with_draft = [rng.random() < cfg["llm.draft"] for _ in utterances]
             with autocast(device, dtype):
                 ce, right, ctc, impossible, positions = wrapped(
-                    enc.to(device), lens.to(device), utterances, part, with_draft)
+                    model.upload(enc, device), lens, utterances, part, with_draft)
             loss = ce / tokens + cfg["loss.ctc_weight"] * ctc / clips
             (loss * world).backward()  # DDP averages over processes, we want the sum
             window["ce"] += ce.detach()
@@ -904,14 +924,17 @@ def main(cfg):
             window["impossible"] += impossible
             window["tokens"] += positions
             window["audio_s"] += sum(u["seconds"] for u in utterances)
-        trainable = [p for p in phase.parameters() if p.requires_grad]
-        grad_norm = nn.utils.clip_grad_norm_(trainable, cfg["optim.clip"], error_if_nonfinite=True)
+        grad_norm = nn.utils.clip_grad_norm_(trainable, cfg["optim.clip"])
+        norms.append(grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
         window["steps"] += 1
         bar.update(1)
         last = step == total
+        if last or any(step % cfg[f"run.{what}_every"] == 0 for what in ("log", "valid", "save")):
+            check_gradients(norms, step, folder)
+            norms = []
         if rank == 0 and (step % cfg["run.log_every"] == 0 or last):
             log_window(window, cfg, step, total, lr, grad_norm, len(bad), metrics, writer, bar)
             window = new_window()

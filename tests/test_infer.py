@@ -138,9 +138,14 @@ def test_ctc_and_llm_choose_together(world, outcome):
             enc, lens = listener.encoder(feats[None], torch.tensor([len(feats)]))
             speech, _, log_probs, positions = model.speech_for_llm(listener.adaptor, ctc, enc, lens, "frames")
         found = [ctc.tokens(labels) for labels, _ in model.ctc_beam_search(log_probs[0], ctc.blank, 4)]
-        answer = model.text_to_ids(tokenizer, answers[row["key"]])
-        found += [answer] if len(ctc.classes(answer)) == len(answer) else []  # CTC cannot score tokens it lacks
-        best = max(found, key=lambda ids: model.ctc_log_prob(log_probs[0], ctc.classes(ids), ctc.blank))
+        found.append(model.text_to_ids(tokenizer, answers[row["key"]]))
+
+        def by_sound(ids, log_probs=log_probs[0]):
+            classes = ctc.classes(ids)  # of tokens that CTC has; the others have a fixed score
+            unknown = infer.UNKNOWN_LOG_PROB * (len(ids) - len(classes))
+            return model.ctc_log_prob(log_probs, classes, ctc.blank) + unknown
+
+        best = max(found, key=by_sound)
         assert by_ctc[row["key"]] == tokenizer.decode(best).strip()
         draft = tokenizer.decode(ctc.tokens(model.ctc_greedy(log_probs, positions, ctc.blank)[0])).strip()
         prompt = infer.make_prompt({}, draft, listener, cfg)
