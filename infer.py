@@ -382,17 +382,22 @@ def header_seconds(path):
 def read_batches(rows, encoder, cfg, clips, bad):
     """Longest clips first, in batches of at most data.batch_s padded seconds; stops when there are too many bad ones.
 
-    Output  lists of (row index, segment number, features (T, F), start_s, end_s); fills `clips` {index: duration,
-            empty segments} and `bad` on the way.
+    The processes that read are started at once: transcribe has threads, and none of them may be there at a fork.
+    Output  iterator over lists of (row index, segment number, features (T, F), start_s, end_s); fills `clips` {index:
+            duration, empty segments} and `bad` on the way.
     """
     order = sorted(range(len(rows)), key=lambda i: (-header_seconds(rows[i]["speech"]), i))
     loader = torch.utils.data.DataLoader(
         Recordings([rows[i] for i in order], encoder, cfg["vad.threshold_s"]), batch_size=8, collate_fn=list,
         num_workers=cfg["workers"], multiprocessing_context="fork" if cfg["workers"] else None,
     )  # 8: each message from a worker takes its time, however much is in it
+    return cut_read(zip(order, itertools.chain.from_iterable(iter(loader))), rows, encoder, cfg, clips, bad)
+
+
+def cut_read(found, rows, encoder, cfg, clips, bad):
+    """The batches of read_batches from what its processes give: (row index, item of Recordings)."""
     batch, longest = [], 0.0
-    clips_read = itertools.chain.from_iterable(loader)
-    for index, (pieces, seconds, reason) in tqdm(zip(order, clips_read), total=len(rows), unit="clip", disable=None):
+    for index, (pieces, seconds, reason) in tqdm(found, total=len(rows), unit="clip", disable=None):
         if reason:
             bad.append({"key": rows[index]["key"], "source": rows[index]["speech"], "reason": reason})
             if len(bad) > cfg["data.max_bad"]:
@@ -461,7 +466,7 @@ def load_nano_listener(cfg, device, dtype):
     return SimpleNamespace(
         encoder=frontend, nano=nano, ctc=nano.ctc, llm=nano.llm, tokenizer=tokenizer, ctc_tokenizer=ctc_tokenizer,
         read_ctc=lambda path: ctc_tokenizer.decode(path).strip(), draft=False, device=device, dtype=torch.float32,
-        stop_id=tokenizer and tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        replays=None, stop_id=tokenizer and tokenizer.convert_tokens_to_ids("<|im_end|>"),
         position_s=stack * frontend.frame_ms / 1000,
         settings={"encoder.name": cfg["model.dir"], "llm.name": "its own" if nano.llm is not None else "none"},
     )
@@ -512,7 +517,7 @@ def load_listener(cfg, device, dtype):
         raise ValueError(f"decode.readout=ctc: {folder} has no ctc_head.pt")
     return SimpleNamespace(
         encoder=encoder, adaptor=model.freeze(adaptor).to(device), ctc=ctc, llm=llm, tokenizer=tokenizer, draft=draft,
-        nano=None, read_ctc=lambda path: tokenizer.decode(ctc.tokens(path)).strip(),
+        nano=None, replays=None, read_ctc=lambda path: tokenizer.decode(ctc.tokens(path)).strip(),
         stop_id=model.end_of_turn(tokenizer), settings=settings, device=device, dtype=dtype,
         position_s=encoder.frame_ms * settings["adaptor.stack"] / 1000,
     )
@@ -580,13 +585,15 @@ def transcribe(batches, rows, listener, cfg):
     # adaptor nor CTC-compressed speech can be recorded, since their sizes depend on values
     replays = gpu and not cfg["data.batch_s"] and listener.nano is None and (
         isinstance(listener.adaptor, model.AudioAdaptor) and listener.settings.get("llm.speech") == "frames")
-    listener.replay = model.Graphs(functools.partial(listen, listener)) if replays else None
+    if replays and listener.replays is None:  # kept, for recording takes its time
+        listener.replays = (model.Graphs(functools.partial(listen, listener)), model.Graphs(
+            lambda embeds: model.hidden_states(listener.llm, {"inputs_embeds": embeds})))
     with ThreadPoolExecutor(1) as pool:
         if cfg["decode.readout"] == "ctc":
-            written = ((clip, clip.draft) for batch in batches for clip in hear(batch, listener, cfg))
+            written = ((clip, clip.draft) for batch in batches for clip in hear(batch, listener, cfg, replays))
         else:
-            asked = ask(batches, rows, listener, cfg)
-            written = write(prefetch(asked) if gpu else asked, listener, cfg)
+            asked = ask(batches, rows, listener, cfg, replays)
+            written = write(prefetch(asked) if gpu else asked, listener, cfg, replays)
         for clip, text in written:
             done.append(pool.submit(finish, clip, text) if gpu else finish(clip, text))
         return [job.result() for job in done] if gpu else done
@@ -608,7 +615,7 @@ def runs_of_like_length(lengths, pass_cost):
 
 
 @torch.no_grad()
-def hear(batch, listener, cfg):
+def hear(batch, listener, cfg, replays=False):
     """Encoder, adaptor and CTC: for each piece of a batch what the LLM hears, and the CTC read-outs.
 
     Output  list of namespaces, longest first: index, number, start, end, speech (K, D) or None, log_probs (S, V + 1),
@@ -620,9 +627,10 @@ def hear(batch, listener, cfg):
         lens = torch.tensor([len(features[n]) for n in run])
         feats = pad_sequence([features[n] for n in run], batch_first=True)  # (B, T, F)
         with autocast(device, listener.dtype):
-            if listener.replay is not None and len(run) == 1:
-                feats = F.pad(feats, (0, 0, 0, -feats.shape[1] % 16))  # to lengths that come again
-                found = listener.replay(model.upload(feats, device), model.upload(lens, device))
+            if replays and len(run) == 1:
+                grid = 60 if isinstance(listener.encoder, model.WhisperEncoder) else 10  # 0.6 s: to lengths that recur
+                feats = F.pad(feats, (0, 0, 0, -feats.shape[1] % grid))
+                found = listener.replays[0](model.upload(feats, device), model.upload(lens, device))
             else:
                 found = listen(listener, model.upload(feats, device), lens)
             enc, enc_lens, speech, speech_lens, log_probs, emb_lens = found
@@ -639,10 +647,10 @@ def hear(batch, listener, cfg):
     return heard
 
 
-def ask(batches, rows, listener, cfg):
+def ask(batches, rows, listener, cfg, replays=False):
     """Batches of read_batches -> what was heard, with all that the LLM needs: prompt, cap of its tokens, guess."""
     for batch in batches:
-        clips = hear(batch, listener, cfg)
+        clips = hear(batch, listener, cfg, replays)
         for clip in clips:
             clip.prompt = make_prompt(rows[clip.index], clip.draft if listener.draft else None, listener, cfg)
             # where speech is CTC's, its head is trained and its count can be trusted
@@ -655,17 +663,19 @@ def ask(batches, rows, listener, cfg):
 
 
 @torch.no_grad()
-def write(batches, listener, cfg):
+def write(batches, listener, cfg, replays=False):
     """Batches of ask -> (clip, text) as the LLM finishes them. Clips that are not done go on with the next batch."""
-    alone, repetition = not cfg["data.batch_s"], (cfg["decode.repetition_penalty"], cfg["decode.no_repeat_ngram_size"])
+    few = UNFINISHED if cfg["data.batch_s"] else 0
+    repetition = cfg["decode.repetition_penalty"], cfg["decode.no_repeat_ngram_size"]
     guessing = listener.ctc is not None and cfg["decode.speculative"] and repetition == (1.0, 0)
     with autocast(listener.device, listener.dtype):
         if guessing and is_gpu(listener.device):
-            answers = model.decode_drafted(listener.llm, batches, listener.stop_id, alone)
+            answers = model.decode_drafted(listener.llm, batches, listener.stop_id,
+                                           listener.replays[1] if replays else None)
         else:
             asked = []
             stream = model.decode_stream(listener.llm, spliced(batches, listener, asked), listener.stop_id,
-                                         *repetition, 0 if alone else UNFINISHED)
+                                         *repetition, few)
             answers = ((asked[place], ids, score) for place, ids, score in stream)
         for clip, answer, _ in answers:
             if cfg["decode.ctc_weight"] > 0 and listener.ctc is not None:

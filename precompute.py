@@ -16,10 +16,12 @@ Source  the field's usual way is a forward hook, one clip at a time and one .pt 
 """
 
 import difflib
+import itertools
 import json
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -246,16 +248,13 @@ class Clips(torch.utils.data.Dataset):
 
 
 def pack(items):
-    """A worker's message: (clip, frames, seconds, reason) of each item, and the features of all in one array or None.
-
-    An array, since each tensor of a worker would hold a file descriptor.
-    """
-    features = [feats.numpy() for _, feats, _, reason in items if not reason]
+    """A worker's message: (clip, frames, seconds, reason) of each item, and the features of all in one tensor."""
+    features = [feats for _, feats, _, reason in items if not reason]
     rows = [(clip, 0 if reason else len(feats), seconds, reason) for clip, feats, seconds, reason in items]
-    return rows, np.concatenate(features) if features else None
+    return rows, torch.cat(features) if features else None
 
 
-def load_shards(shards, encoder, cfg, bar):
+def load_shards(shards, encoder, cfg, device, bar):
     """Features of one shard after the other, while workers make those of the next: yields lists of messages."""
     starts = np.cumsum([0, *map(len, shards)]).tolist()
     parts = [[range(first, min(first + MESSAGE, end)) for first in range(start, end, MESSAGE)]
@@ -269,7 +268,10 @@ def load_shards(shards, encoder, cfg, bar):
     for shard in parts:
         messages = []
         for part in shard:
-            messages.append(next(loader))
+            rows, feats = next(loader)
+            if feats is not None:  # a copy in any case: a worker's tensor holds a file descriptor
+                feats = feats.clone() if device.type == "cpu" else model.upload(feats, device)
+            messages.append((rows, feats))
             bar.update(len(part))
         yield messages
 
@@ -287,7 +289,7 @@ def encode_shard(messages, encoder, cfg, device, dtype):
         else:
             clips.append((length, clip, seconds, first))
             first += length
-    flat = [model.upload(torch.from_numpy(feats), device) for _, feats in messages if feats is not None]
+    flat = [feats for _, feats in messages if feats is not None]
     flat = torch.cat(flat) if flat else None  # (mel frames of all clips, F), on the device
     clips.sort(key=lambda item: (item[0], item[1]["key"]))  # neighbours of like length: little padding
     outputs, index, first = [], [], 0
@@ -303,9 +305,10 @@ def encode_shard(messages, encoder, cfg, device, dtype):
         feats = feats.masked_fill(~model.length_mask(lens, len(steps), device)[..., None], 0.0)
         with autocast(device, dtype):
             enc, enc_lens = encoder(feats, lens)  # (B, T', W)
-        enc = enc.to(torch.float16).cpu()
-        for row, length, (_, clip, seconds, _) in zip(enc.numpy(), enc_lens.tolist(), batch):
-            if not np.isfinite(row[:length]).all():
+        enc = enc.to(torch.float16)
+        finite = (enc.isfinite().all(-1) | ~model.length_mask(enc_lens, enc.shape[1], device)).all(1).tolist()
+        for row, length, good, (_, clip, seconds, _) in zip(enc.cpu().numpy(), enc_lens.tolist(), finite, batch):
+            if not good:
                 bad.append({"key": clip["key"], "source": clip["source"], "reason": "encoder output is not finite"})
                 continue
             outputs.append(row[:length])
@@ -313,6 +316,28 @@ def encode_shard(messages, encoder, cfg, device, dtype):
             first += length
     frames = np.concatenate(outputs) if outputs else np.zeros((0, encoder.width), np.float16)
     return frames, index, bad
+
+
+def encode_shards(shards, paths, encoder, cfg, device, dtype, bar):
+    """Encode and write shards, each whole or not at all: one in a thread, while the next is loaded.
+
+    paths: of their indices, .json. Yields the bad rows of each.
+    """
+    def encode(messages, path):
+        frames, index, bad = encode_shard(messages, encoder, cfg, device, dtype)
+        shard = {"clips": index, "bad": bad, "frames": len(frames)}
+        write_atomic(path.with_suffix(".npy"), lambda file: np.save(file, frames))
+        write_atomic(path, lambda file: file.write(json.dumps(shard).encode()))  # last: marks it done
+        return bad
+
+    with ThreadPoolExecutor(1) as pool:
+        job = None
+        for messages, path in zip(load_shards(shards, encoder, cfg, device, bar), paths):
+            if job is not None:
+                yield job.result()
+            job = pool.submit(encode, messages, path)
+        if job is not None:
+            yield job.result()
 
 
 def check_cache(folder, identity):
@@ -350,26 +375,20 @@ def main(cfg):
               f"{encoder.frame_ms:g} ms | {device} {dtype} | torch {torch.__version__}", flush=True)
     if dtype == torch.bfloat16:
         model.store_bf16(encoder)
-    n_bad, mine = 0, range(rank, len(shards), world)
+    mine = range(rank, len(shards), world)
     paths = {number: folder / f"shard-{number:05d}.json" for number in mine}
     wanted = [number for number in mine if not paths[number].is_file()]
-    bar = tqdm(total=sum(len(shards[number]) for number in mine), unit="clip", disable=rank != 0 or None)
-    loaded = load_shards([shards[number] for number in wanted], encoder, cfg, bar)
-    for number, path in paths.items():
-        if number not in wanted:
-            shard = json.loads(path.read_text(encoding="utf-8"))
-            bar.update(len(shards[number]))
-        else:
-            frames, index, bad = encode_shard(next(loaded), encoder, cfg, device, dtype)
-            shard = {"clips": index, "bad": bad, "frames": len(frames)}
-            write_atomic(path.with_suffix(".npy"), lambda file, frames=frames: np.save(file, frames))
-            write_atomic(path, lambda file, shard=shard: file.write(json.dumps(shard).encode()))  # last: marks it done
-        n_bad += len(shard["bad"])
+    done = [json.loads(paths[number].read_text(encoding="utf-8"))["bad"] for number in mine if number not in wanted]
+    bar = tqdm(total=sum(len(shards[number]) for number in wanted), unit="clip", disable=rank != 0 or None)
+    n_bad, encoded = 0, encode_shards([shards[number] for number in wanted], [paths[number] for number in wanted],
+                                      encoder, cfg, device, dtype, bar)
+    for bad in itertools.chain(done, encoded):
+        n_bad += len(bad)
         if n_bad > cfg["data.max_bad"]:
-            worst = shard["bad"][-1]
+            encoded.close()  # what is being written is finished first
             write_bad(folder, len(shards))
             raise ValueError(f"{n_bad} clips cannot be used, more than data.max_bad={cfg['data.max_bad']}; "
-                             f"the last is {worst['key']}: {worst['reason']}")
+                             f"the last is {bad[-1]['key']}: {bad[-1]['reason']}")
     bar.close()
     if world > 1:
         dist.barrier()

@@ -18,6 +18,7 @@ from torch import nn
 
 import bench
 import finetune_encoder
+import infer
 import model
 import precompute
 import train_phase1
@@ -170,6 +171,24 @@ def test_with_random_weights_answers_are_as_long_as_the_transcripts(world, monke
     seconds = sum(clip["seconds"] for clip in world.test)
     assert sum(len(clip["ids"]) for clip in world.test) == pytest.approx(seconds * 15 / 4.52, rel=0.05)
     assert model.token_cap(10.0) == 128  # and it is what it was afterwards
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_staged_answers_take_drafts_and_show_what_the_llm_would_write(tmp_path, monkeypatch, batch):
+    """What bench.py does on a GPU, where greedy answers of random weights would leave their drafts at once."""
+    monkeypatch.setattr(infer, "is_gpu", lambda device: True)
+    world, passes, real = tiny_world(tmp_path), [], model.hidden_states
+    row = bench.inference(world, batch)
+    monkeypatch.setattr(model, "hidden_states", lambda *rest: passes.append(1) or real(*rest))
+    texts = row.ours()
+    assert texts == [clip["target"] for clip in world.test]
+    assert len(passes) <= (20 if batch == 1 else 8)  # of 6 clips with some 90 tokens
+    assert row.equal(None, texts) is True and row.identical == 1
+    for change in (lambda hidden: -hidden, lambda hidden: hidden.roll(1, 1)):
+        monkeypatch.setattr(model, "hidden_states", lambda *rest, change=change: change(real(*rest)))
+        assert row.equal(None, row.ours()) is False
+    monkeypatch.undo()
+    assert infer.hear.__module__ == "infer" and model.accept.__module__ == "model"
 
 
 def big():

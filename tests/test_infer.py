@@ -91,6 +91,22 @@ def test_speculative_decoding_changes_no_text(world, outcome):
     assert call(infer, world.dir, world.manifest, "decode.speculative=false")["results"] == outcome["results"]
 
 
+@pytest.mark.parametrize("batch_s", [0, 1.5, 120])
+@pytest.mark.parametrize("options", [(), ("decode.ctc_weight=0.3",), ("decode.speculative=false",)])
+def test_a_gpus_way_gives_the_same_results(world, outcome, monkeypatch, batch_s, options):
+    """Batches fetched ahead and words aligned in threads, whole passes without a cache, one clip through Graphs."""
+    expected = call(infer, world.dir, world.manifest, *options) if options else outcome
+    drafted, real = [], model.decode_drafted
+    monkeypatch.setattr(infer, "is_gpu", lambda device: True)
+    monkeypatch.setattr(model, "decode_drafted", lambda *rest: drafted.append(rest) or real(*rest))
+    got = call(infer, world.dir, world.manifest, f"data.batch_s={batch_s}", *options)
+    assert texts(got) == texts(expected) and texts(got, "ctc_text") == texts(expected, "ctc_text")
+    for result, other in zip(got["results"], expected["results"]):
+        words, others = ([word["word"] for s in r["segments"] for word in s.get("words", [])] for r in (result, other))
+        assert words == others
+    assert len(drafted) == ("decode.speculative=false" not in options)
+
+
 def test_features_are_fp32_under_autocast(world):
     rows = [row | {"speech": row["source"]} for row in model.read_manifest(world.manifest)]
     recordings = infer.Recordings(rows, model.load_encoder(world.encoder), 30.0)

@@ -1,5 +1,6 @@
 """Prompt, splice, loss and decoding against transformers' own, and scoring against jiwer."""
 
+import copy
 import random
 from types import SimpleNamespace
 
@@ -194,6 +195,27 @@ def test_splice_pads_on_the_left_for_generation(embed):
     assert spliced["position_ids"][1].tolist() == [0, 0, 1, 2, 3, 4]
     assert torch.equal(spliced["inputs_embeds"][1, 2], audio[1, 0])
     assert (spliced["inputs_embeds"][1, 0] == 0).all() and (spliced["labels"] == -100).all()
+
+
+@pytest.mark.parametrize("pad_left", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_splice_equals_rows_put_together_one_by_one(embed, seed, pad_left):
+    rng = random.Random(seed)
+    some = [[rng.randrange(50) for _ in range(rng.randint(0, 6))] for _ in range(12)]
+    shared = rng.randint(0, 3)
+    prompts = [([1, 2, 3][:shared] + some[n], some[n + 4]) for n in range(4)]
+    targets, lens = some[8:], torch.tensor([rng.randint(0, 5) for _ in range(3)] + [5])
+    audio = torch.randn(4, 5, 4)
+    spliced = model.splice(embed, prompts, audio, lens, targets, pad_left, shared if pad_left else 0)
+    for n, ((before, after), target) in enumerate(zip(prompts, targets)):
+        row = torch.cat([embed(torch.tensor(before).long()), audio[n, : lens[n]],
+                         embed(torch.tensor(after + target).long())])
+        real = spliced["attention_mask"][n].bool()
+        assert torch.equal(spliced["inputs_embeds"][n][real], row) and not spliced["inputs_embeds"][n][~real].any()
+        assert spliced["labels"][n][real].tolist() == [-100] * (len(row) - len(target)) + target
+        assert (spliced["labels"][n][~real] == -100).all() and spliced["labels"].device.type == "cpu"
+        assert spliced["position_ids"][n][real].tolist() == list(range(len(row)))
+        assert real[:shared].all() if pad_left else real[: len(row)].all()
 
 
 def test_gradients_of_a_splice_reach_real_audio_only(embed):
@@ -417,6 +439,83 @@ def test_drafts_change_no_answer_that_stops_or_loops(llm, tokenizer):
     for stop in {free[0][1], free[1][2], free[2][-1]}:
         for make_draft in (lambda answer, stop=stop: [*answer, stop, 5, 6], lambda answer: [*answer, *answer]):
             plain_and_drafted(llm, spliced, make_draft, stop, (60, 3, 60))
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("name", DRAFTS)
+def test_whole_passes_over_drafts_give_the_same_answers(llm, tokenizer, no_loop_cut, monkeypatch, name, alone):
+    """decode_drafted against greedy_decode of each clip alone; batches of other sizes, prompts of other lengths."""
+    embed, batches, expected = llm.get_input_embeddings(), [], {}
+    for seed, (words, lens) in enumerate(((("one", None, "press two"), [7, 2, 5]), ((None,), [11]),
+                                          (("a b c d", "two"), [1, 3]))):
+        prompts = [model.build_prompt(tokenizer, PROMPT, draft) for draft in words]
+        speech = torch.randn(len(lens), max(lens), 48, generator=torch.Generator().manual_seed(seed)) * 0.2
+        batches.append([])
+        for n, (prompt, length) in enumerate(zip(prompts, lens)):
+            clip = SimpleNamespace(prompt=prompt, speech=speech[n, :length], cap=STEPS - n)
+            spliced = model.splice(embed, [prompt], clip.speech[None], torch.tensor([length]), pad_left=True)
+            (answer,), (score,) = model.greedy_decode(llm, spliced, NO_STOP, [clip.cap])
+            clip.guess = list(DRAFTS[name](answer))
+            expected[id(clip)] = answer, pytest.approx(score, abs=1e-3)
+            batches[-1].append(clip)
+    passes, real = [], llm.model.forward
+    monkeypatch.setattr(llm.model, "forward", lambda **inputs: (
+        passes.append(tuple(inputs["inputs_embeds"].shape[:2])), real(**inputs))[1])
+    graphs = model.Graphs(lambda embeds: model.hidden_states(llm, {"inputs_embeds": embeds})) if alone else None
+    if alone:
+        batches = [[clip] for batch in batches for clip in batch]
+    found = list(model.decode_drafted(llm, iter(batches), NO_STOP, graphs))
+    assert {id(clip): (answer, score) for clip, answer, score in found} == expected and len(found) == 6
+    assert all(rows <= 3 for rows, _ in passes) and not any(alone and length % 32 for _, length in passes)
+    if name == "right":  # the clip of the second batch waits for the third, and only two rows of its length fit in
+        assert [rows for rows, _ in passes] == ([1] * 6 if alone else [3, 2, 1])
+
+
+def test_whole_passes_stop_where_the_llm_does(llm, tokenizer, no_loop_cut):
+    prompt, speech = model.build_prompt(tokenizer, PROMPT), torch.randn(4, 48) * 0.2
+    spliced = model.splice(llm.get_input_embeddings(), [prompt], speech[None], torch.tensor([4]), pad_left=True)
+    (free,), _ = model.greedy_decode(llm, spliced, NO_STOP, [STEPS])
+    for stop in {free[0], free[3], free[-1]}:
+        (answer,), (score,) = model.greedy_decode(llm, spliced, stop, [STEPS])
+        for guess in (answer, free, [*free, 5], [7]):
+            clip = SimpleNamespace(prompt=prompt, speech=speech, cap=STEPS, guess=list(guess))
+            assert list(model.decode_drafted(llm, [[clip]], stop)) == [(clip, answer, pytest.approx(score, abs=1e-3))]
+
+
+def test_norms_by_torchs_kernel_are_transformers_own(llm):
+    fused = copy.deepcopy(llm)  # of load_llm
+    plain = copy.deepcopy(llm)
+    norms = [part for part in plain.modules() if part.__dict__.pop("forward", None)]
+    assert len(norms) == 4 * 2 + 1 and {type(norm).__name__ for norm in norms} == {"Qwen3RMSNorm"}
+    for norm in norms:
+        torch.nn.init.normal_(norm.weight)
+    fused.load_state_dict(plain.state_dict())  # a deep copy has weights of its own
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(fused(ids).logits, plain(ids).logits, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(fused(ids).logits, llm(ids).logits, atol=1e-2)
+
+
+def test_compiled_layers_are_compiled_once_and_cached_passes_leave_them_alone(llm, tokenizer, monkeypatch):
+    compiled, real = copy.deepcopy(llm), nn.Module.compile
+    model.compile_layers(compiled.model.layers, torch.device("cpu"))
+    assert all(layer._compiled_call_impl is None for layer in compiled.model.layers)  # on a GPU only
+    monkeypatch.setattr(nn.Module, "compile", lambda part, **how: real(part, backend="eager", **how))
+    model.compile_layers(compiled.model.layers, torch.device("cuda"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for seed in range(3):  # of other lengths
+        spliced = example_batch(llm, tokenizer, seed=seed)
+        spliced["inputs_embeds"] = F.pad(spliced["inputs_embeds"], (0, 0, 0, seed)).requires_grad_()
+        expected = model.hidden_states(llm, spliced)
+        torch.testing.assert_close(model.hidden_states(compiled, spliced), expected, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            behind = model.hidden_states(compiled, spliced, 3)
+        torch.testing.assert_close(behind, expected[:, 3:], rtol=1e-4, atol=1e-4)
+        spliced = example_batch(llm, tokenizer, True, False)
+        found, plain = (model.greedy_decode(one, spliced, NO_STOP, [5] * 3) for one in (compiled, llm))
+        assert found[0] == plain[0] and found[1] == pytest.approx(plain[1], abs=1e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # for two layers, three lengths
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def count_passes(llm, monkeypatch):

@@ -169,6 +169,14 @@ def test_a_killed_precompute_completes_to_the_same_bytes(world, tmp_path, monkey
     assert bytes_of(tmp_path) == bytes_of(world["cache"])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_how_many_clips_a_worker_hands_over_changes_nothing(world, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(precompute, "MESSAGE", 2)
+    call(precompute, f"data.train={world['manifest']}", f"cache.dir={tmp_path}", world["encoder"],
+         "cache.shard_clips=5", f"workers={workers}")
+    assert bytes_of(tmp_path) == bytes_of(world["cache"])
+
+
 def test_a_batch_of_clips_padded_to_30_s_counts_30_s_each(world, tmp_path, monkeypatch):
     real, sizes = model.WhisperEncoder.forward, []
 
@@ -644,6 +652,21 @@ def test_phase_2_overfits_a_few_clips_and_leaves_the_llm_alone(world, tmp_path, 
     assert all(torch.equal(before[name], after[name]) for name in before)
     written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert written["llm.prompt"] == train_phase2.DEFAULTS["llm.prompt"] and written["encoder.weights"]
+
+
+@pytest.mark.parametrize(("script", "extra"), [(train_phase1, PHASE1), (train_phase2, PHASE2)], ids=["one", "two"])
+def test_a_gradient_that_is_not_finite_is_named_and_never_saved(world, tmp_path, monkeypatch, script, extra):
+    run, real, steps = tmp_path / "run", torch.nn.utils.clip_grad_norm_, []
+
+    def overflow(*rest):
+        steps.append(real(*rest))
+        return steps[-1] * (math.nan if len(steps) == 6 else 1.0)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflow)
+    with pytest.raises(ValueError, match="step 6: the gradient is not finite"):
+        call(script, *world["phase1" if script is train_phase1 else "phase2"], *extra, f"run.dir={run}",
+             "optim.max_steps=20", "run.save_every=4", "run.log_every=5")
+    assert len(steps) == 8 and torch.load(run / "last.pt", weights_only=True)["step"] == 4
 
 
 def test_a_used_output_folder_is_refused_unless_resuming(world, tmp_path):
