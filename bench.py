@@ -233,7 +233,8 @@ def stage(usual, ours, equal, audio_s, what, more=None, **extra):
     """A row to be measured: two functions without arguments, and one that compares what they returned.
 
     more    other ways to be timed, by name. extra: usual_share (of the clips that the usual way takes), many and
-            many_s (ours over many clips, and their seconds of audio), identical (share of equal texts).
+            many_s (ours over many clips, and their seconds of audio), identical (share of equal texts), apart (by how
+            much losses or gradients differ, relative).
     """
     return SimpleNamespace(usual=usual, ours=ours, equal=equal, audio_s=audio_s, what=what, more=more or {}, **extra)
 
@@ -426,12 +427,16 @@ def training(world, rows, size, module, usual_loss, our_loss, what, our_batches=
                     else backward(way, batch))
             found[way] = loss, {name: p.grad for name, p in trainable[way].items() if p.grad is not None}
         (loss, theirs), (our_loss, ours) = found.values()
+        if ours.keys() != theirs.keys():
+            return False
         share = 1e-3 * torch.stack([gradient.norm() for gradient in theirs.values()]).norm()
-        return close([our_loss], [loss], world.tolerance) and ours.keys() == theirs.keys() and all(
-            bool((ours[name] - gradient).norm() <= world.tolerance * (gradient.norm() + share))
-            for name, gradient in theirs.items())  # a share of all: some are zero but for rounding (of key biases)
+        # a share of all is added, since some are zero but for rounding (of key biases)
+        apart = [(ours[name] - gradient).norm() / (gradient.norm() + share) for name, gradient in theirs.items()]
+        row.apart = max((our_loss - loss).abs().item() / abs(loss.item()), *map(float, apart))
+        return row.apart <= world.tolerance
 
-    return stage(lambda: run("usual"), lambda: run("ours"), equal, total_s(rows), what)
+    row = stage(lambda: run("usual"), lambda: run("ours"), equal, total_s(rows), what)
+    return row
 
 
 def need_cache(world):
@@ -773,6 +778,8 @@ def measure(name, row, args, device, ceiling):
         for way, function in ways.items():
             if way != "baseline" or number < args.baseline_repeats:
                 seconds[way].append(timed(function, device))
+    if hasattr(row, "apart"):
+        result["apart"] = row.apart
     if hasattr(row, "usual_share"):
         result |= {"identical": row.identical, "usual_share": row.usual_share}
         seconds["baseline"] = [one / row.usual_share for one in seconds["baseline"]]
