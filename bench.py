@@ -149,8 +149,15 @@ def random_world(args, size, device, dtype, folder):
     settings = size["adaptor"] | {"adaptor.stack": 1, "adaptor.pre_norm": False, "llm.speech": "frames",
                                   "llm.prompt": "11 12 13 14 15 16 17 18 19 20", "llm.system": None}
     rng, rows = random.Random(0), []
-    for number in range(size["clips"] + size["heard"][0]):
-        samples = round(16000 * min(14.5, max(1.2, rng.lognormvariate(1.462, 0.3))))  # mean 4.52 s; 0.3 is a guess
+    lengths = [min(14.5, max(1.2, rng.lognormvariate(1.462, 0.3))) for _ in range(8192)]  # mean 4.52 s; 0.3 is a guess
+    # to train on, batches as an epoch has them: neighbours in length out of 32 batches of 256
+    per, pool = size["phase1_batch"], sorted(lengths)
+    count = size["clips"] // per
+    starts = [(2 * n + 1) * len(pool) // (2 * count) - per // 2 for n in range(count)]
+    trained = [seconds for start in starts for seconds in pool[start : start + per]]
+    rng.shuffle(trained)
+    for number, seconds in enumerate(trained + lengths[: size["heard"][0]]):
+        samples = round(16000 * seconds)
         ids = [rng.randrange(50, min(4000, size["llm"]["vocab_size"])) for _ in range(tokens_in(samples / 16000))]
         path = folder / f"{number}.wav"
         noise = np.random.default_rng(number).normal(0, 0.05, samples)
@@ -603,10 +610,10 @@ class Staged:
                        for row in rows]
 
     def heard(self, *rest):
-        clips = self.hear(*rest)
-        for clip in clips:
-            clip.draft = self.drafts[clip.index]
-        return clips
+        for clips in self.hear(*rest):
+            for clip in clips:
+                clip.draft = self.drafts[clip.index]
+            yield clips
 
     def accepted(self, row, guess, tokens, log_probs, stop_id):
         said, at = self.rows[row.clip.index]["ids"], len(row.answer)
@@ -745,6 +752,23 @@ def matmul_tflops(device, dtype):
     return times * 2 * size**3 / min(timed(lambda: [a @ a for _ in range(times)], device) for _ in range(10)) / 1e12
 
 
+class AtOnce:
+    """In place of a ThreadPoolExecutor."""
+
+    def __init__(self, workers):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *arguments):
+        result = function(*arguments)
+        return SimpleNamespace(result=lambda: result)
+
+
 def count_flops(function):
     """Operations of one call's matrix products and convolutions, forward and backward.
 
@@ -759,9 +783,10 @@ def count_flops(function):
         known |= {getattr(torch.ops.aten, kernel): attention(2, 0),
                   getattr(torch.ops.aten, f"{kernel}_backward"): attention(5, 1)}
     # what runs in a thread, a graph or a compiled function, the counter would not see
-    with mock.patch.object(infer, "prefetch", iter), torch.compiler.set_stance("force_eager"), mock.patch.object(
-            model.Graphs, "__call__", lambda self, *tensors: self.function(*tensors)), FlopCounterMode(
-                display=False, custom_mapping=known) as counter:
+    with torch.compiler.set_stance("force_eager"), mock.patch.object(
+            model.Graphs, "__call__", lambda self, *tensors: self.function(*tensors)), mock.patch.object(
+                precompute, "ThreadPoolExecutor", AtOnce), FlopCounterMode(
+                    display=False, custom_mapping=known) as counter:
         function()
     return counter.get_total_flops()
 
@@ -1007,8 +1032,12 @@ def main(args):
             print(f"{'stage':14} {'baseline s':>10} {'spread':>7} {'ours s':>9} {'spread':>7} {'ratio':>6} {'equal':>5}"
                   f" {'peak MiB':>8} {'ours MiB':>8} {'audio s/s':>9} {'TFLOP/s':>8} {'mfu':>5}", flush=True)
             for name in args.stages:
-                report["rows"].append(measure(name, BUILD[name](world), args, world.device, ceiling))
-                print_row(report["rows"][-1])
+                try:
+                    report["rows"].append(measure(name, BUILD[name](world), args, world.device, ceiling))
+                    print_row(report["rows"][-1])
+                except torch.OutOfMemoryError as error:  # of a GPU: a smaller one may still do the other stages
+                    print(f"{name}: {str(error).splitlines()[0]}", flush=True)
+                    report["rows"].append({"stage": name, "error": "out of memory"})
                 save(report, args.out)  # after every row: a crash leaves what was measured
     return report
 

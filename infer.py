@@ -40,7 +40,6 @@ import resource
 import sys
 import textwrap
 import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -382,22 +381,16 @@ def header_seconds(path):
 def read_batches(rows, encoder, cfg, clips, bad):
     """Longest clips first, in batches of at most data.batch_s padded seconds; stops when there are too many bad ones.
 
-    The processes that read are started at once: transcribe has threads, and none of them may be there at a fork.
-    Output  iterator over lists of (row index, segment number, features (T, F), start_s, end_s); fills `clips` {index:
-            duration, empty segments} and `bad` on the way.
+    Output  lists of (row index, segment number, features (T, F), start_s, end_s); fills `clips` {index: duration,
+            empty segments} and `bad` on the way.
     """
     order = sorted(range(len(rows)), key=lambda i: (-header_seconds(rows[i]["speech"]), i))
     loader = torch.utils.data.DataLoader(
         Recordings([rows[i] for i in order], encoder, cfg["vad.threshold_s"]), batch_size=8, collate_fn=list,
         num_workers=cfg["workers"], multiprocessing_context="fork" if cfg["workers"] else None,
     )  # 8: each message from a worker takes its time, however much is in it
-    return cut_read(zip(order, itertools.chain.from_iterable(iter(loader))), rows, encoder, cfg, clips, bad)
-
-
-def cut_read(found, rows, encoder, cfg, clips, bad):
-    """The batches of read_batches from what its processes give: (row index, item of Recordings)."""
-    batch, longest = [], 0.0
-    for index, (pieces, seconds, reason) in tqdm(found, total=len(rows), unit="clip", disable=None):
+    batch, longest, items = [], 0.0, itertools.chain.from_iterable(loader)
+    for index, (pieces, seconds, reason) in tqdm(zip(order, items), total=len(rows), unit="clip", disable=None):
         if reason:
             bad.append({"key": rows[index]["key"], "source": rows[index]["speech"], "reason": reason})
             if len(bad) > cfg["data.max_bad"]:
@@ -568,44 +561,29 @@ def known_prefix(listener, ids):
     return listener.prefix[1]
 
 
+@torch.no_grad()
 def transcribe(batches, rows, listener, cfg):
     """Batches of read_batches -> list of (row index, segment number, segment), in the order in which they were done.
 
-    A segment has start, end, text, times, words, and the CTC read-outs. While a GPU reads one batch, a thread prepares
-    the next one and another aligns the words of the last.
+    A segment has start, end, text, times, words, and the CTC read-outs.
     """
-    gpu, done = is_gpu(listener.device), []
-    side = torch.cuda.Stream(listener.device) if listener.device.type == "cuda" else None
-
-    def finish(clip, text):
-        with torch.cuda.stream(side):  # of None: as it is; else its small copies do not wait for the LLM's next pass
-            return clip.index, clip.number, make_segment(clip, text, listener, cfg)
-
+    done, replays = [], None
     # one clip at a time leaves a GPU waiting for the CPU, unless it gets everything at once; neither Fun-ASR-Nano's
     # adaptor nor CTC-compressed speech can be recorded, since their sizes depend on values
-    replays = gpu and not cfg["data.batch_s"] and listener.nano is None and (
-        isinstance(listener.adaptor, model.AudioAdaptor) and listener.settings.get("llm.speech") == "frames")
-    if replays and listener.replays is None:  # kept, for recording takes its time
-        listener.replays = (model.Graphs(functools.partial(listen, listener)), model.Graphs(
-            lambda embeds: model.hidden_states(listener.llm, {"inputs_embeds": embeds})))
-    with ThreadPoolExecutor(1) as pool:
+    if is_gpu(listener.device) and not cfg["data.batch_s"] and listener.nano is None and (
+            isinstance(listener.adaptor, model.AudioAdaptor) and listener.settings.get("llm.speech") == "frames"):
+        replays = listener.replays = listener.replays or (  # kept, for recording takes its time
+            model.Graphs(functools.partial(listen, listener)),
+            model.Graphs(lambda embeds: model.hidden_states(listener.llm, {"inputs_embeds": embeds})))
+    with autocast(listener.device, listener.dtype):
+        heard = hear(batches, listener, cfg, replays)
         if cfg["decode.readout"] == "ctc":
-            written = ((clip, clip.draft) for batch in batches for clip in hear(batch, listener, cfg, replays))
+            written = ((clip, clip.draft) for clips in heard for clip in clips)
         else:
-            asked = ask(batches, rows, listener, cfg, replays)
-            written = write(prefetch(asked) if gpu else asked, listener, cfg, replays)
+            written = write(ask(heard, rows, listener, cfg), listener, cfg, replays)
         for clip, text in written:
-            done.append(pool.submit(finish, clip, text) if gpu else finish(clip, text))
-        return [job.result() for job in done] if gpu else done
-
-
-def prefetch(batches):
-    """Get the next batch in a thread while the GPU works on this one. Two CPU cores have no time to spare for it."""
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(next, batches, None)
-        while (batch := ahead.result()) is not None:
-            ahead = pool.submit(next, batches, None)
-            yield batch
+            done.append((clip.index, clip.number, make_segment(clip, text, listener, cfg)))
+    return done
 
 
 def runs_of_like_length(lengths, pass_cost):
@@ -614,43 +592,66 @@ def runs_of_like_length(lengths, pass_cost):
     return [order[first:end] for first, end in model.cut_runs([lengths[i] for i in order], pass_cost)]
 
 
-@torch.no_grad()
-def hear(batch, listener, cfg, replays=False):
-    """Encoder, adaptor and CTC: for each piece of a batch what the LLM hears, and the CTC read-outs.
+def hear(batches, listener, cfg, replays=None):
+    """Encoder, adaptor and CTC: batches of read_batches -> lists of what was heard, longest first.
 
-    Output  list of namespaces, longest first: index, number, start, end, speech (K, D) or None, log_probs (S, V + 1),
-            path and its text `draft` (None without a CTC head), encoder_text (SenseVoice's own CTC, or None).
+    Each is a namespace: index, number, start, end, speech (K, D) or None, log_probs (S, V + 1), path and its text
+    `draft` (None without a CTC head), encoder_text (SenseVoice's own CTC, or None).
+    A batch is begun before the one before it is given out: a GPU then has something to do while that one is written,
+    and nobody waits for it here.
     """
-    heard, ctc, device, features = [], listener.ctc, listener.device, [feats for _, _, feats, _, _ in batch]
-    own_ctc = cfg["ctc"] and getattr(listener.encoder, "ctc_tokenizer", None) is not None
-    for run in runs_of_like_length(list(map(len, features)), ENCODER_PASS[device.type]):
-        lens = torch.tensor([len(features[n]) for n in run])
-        feats = pad_sequence([features[n] for n in run], batch_first=True)  # (B, T, F)
-        with autocast(device, listener.dtype):
-            if replays and len(run) == 1:
-                grid = 60 if isinstance(listener.encoder, model.WhisperEncoder) else 10  # 0.6 s: to lengths that recur
-                feats = F.pad(feats, (0, 0, 0, -feats.shape[1] % grid))
-                found = listener.replays[0](model.upload(feats, device), model.upload(lens, device))
-            else:
-                found = listen(listener, model.upload(feats, device), lens)
-            enc, enc_lens, speech, speech_lens, log_probs, emb_lens = found
-            texts = listener.encoder.ctc_text(enc, enc_lens) if own_ctc else [None] * len(run)
-        paths = model.ctc_greedy(log_probs, emb_lens, ctc.blank) if ctc is not None else [None] * len(run)
-        emb_lens, speech_lens = emb_lens.tolist(), speech_lens.tolist() if speech is not None else None
-        for slot, n in enumerate(run):
-            index, number, _, start, end = batch[n]
-            heard.append(SimpleNamespace(  # copies: a view would keep the whole run in memory
-                index=index, number=number, start=start, end=end, path=paths[slot], encoder_text=texts[slot],
-                speech=None if speech is None else speech[slot, : speech_lens[slot]].clone(),
-                log_probs=None if ctc is None else log_probs[slot, : emb_lens[slot]].clone(),
-                draft=None if ctc is None else listener.read_ctc(paths[slot])))
-    return heard
+    begun = []
+    for batch in itertools.chain(batches, [[]]):
+        lengths = [len(feats) for _, _, feats, _, _ in batch]
+        runs = runs_of_like_length(lengths, ENCODER_PASS[listener.device.type])
+        ahead = [begin_run(run, batch, listener, cfg, replays) for run in runs]
+        if begun:
+            yield [clip for run in begun for clip in end_run(run, listener)]
+        begun = ahead
 
 
-def ask(batches, rows, listener, cfg, replays=False):
-    """Batches of read_batches -> what was heard, with all that the LLM needs: prompt, cap of its tokens, guess."""
-    for batch in batches:
-        clips = hear(batch, listener, cfg, replays)
+def begin_run(run, batch, listener, cfg, replays):
+    """Start encoder, adaptor and CTC for some pieces of a batch, by their indices; results that the CPU needs follow
+    by themselves."""
+    device, features = listener.device, [batch[n][2] for n in run]
+    feats, lens = pad_sequence(features, batch_first=True), torch.tensor(list(map(len, features)))  # (B, T, F)
+    if replays is None or len(run) > 1:
+        found = listen(listener, model.upload(feats, device), lens)
+    else:
+        grid = 60 if isinstance(listener.encoder, model.WhisperEncoder) else 10  # 0.6 s: to lengths that recur
+        feats = F.pad(feats, (0, 0, 0, -feats.shape[1] % grid))
+        found = replays[0](model.upload(feats, device), model.upload(lens, device))
+        found = [x if x is None else x.clone() for x in found]  # the next clip's will lie in the same place
+    enc, enc_lens, speech, speech_lens, log_probs, emb_lens = found
+    begun = SimpleNamespace(pieces=[batch[n] for n in run], speech=speech, log_probs=None, best=None, own_best=None)
+    begun.lens = [model.download(x) for x in (enc_lens, emb_lens, emb_lens if speech is None else speech_lens)]
+    if listener.ctc is not None:
+        begun.best = model.download(log_probs.argmax(-1))
+        # to be aligned on the CPU, without waiting for the LLM; Fun-ASR-Nano's 60,000 classes are too many for that
+        begun.log_probs = model.download(log_probs) if log_probs.shape[-1] < 2**14 else lambda: log_probs
+    if cfg["ctc"] and getattr(listener.encoder, "ctc_tokenizer", None) is not None:
+        begun.own_best = model.download(listener.encoder.ctc_best(enc))
+    return begun
+
+
+def end_run(begun, listener):
+    """What was heard: see hear."""
+    (enc_lens, emb_lens, speech_lens), ctc = (lens() for lens in begun.lens), listener.ctc
+    count = len(begun.pieces)
+    texts = [None] * count if begun.own_best is None else listener.encoder.ctc_read(begun.own_best(), enc_lens)
+    paths = [None] * count if ctc is None else model.ctc_paths(begun.best(), emb_lens, ctc.blank)
+    log_probs = None if ctc is None else begun.log_probs()
+    for slot, (index, number, _, start, end) in enumerate(begun.pieces):
+        yield SimpleNamespace(  # copies: a view would keep the whole run in memory
+            index=index, number=number, start=start, end=end, path=paths[slot], encoder_text=texts[slot],
+            speech=None if begun.speech is None else begun.speech[slot, : int(speech_lens[slot])].clone(),
+            log_probs=None if ctc is None else log_probs[slot, : int(emb_lens[slot])].clone(),
+            draft=None if ctc is None else listener.read_ctc(paths[slot]))
+
+
+def ask(batches, rows, listener, cfg):
+    """Batches of hear, with all that the LLM needs: prompt, cap of its tokens, guess."""
+    for clips in batches:
         for clip in clips:
             clip.prompt = make_prompt(rows[clip.index], clip.draft if listener.draft else None, listener, cfg)
             # where speech is CTC's, its head is trained and its count can be trusted
@@ -662,25 +663,22 @@ def ask(batches, rows, listener, cfg, replays=False):
         del clips, clip  # what is finished can leave the memory before more is heard
 
 
-@torch.no_grad()
-def write(batches, listener, cfg, replays=False):
+def write(batches, listener, cfg, replays):
     """Batches of ask -> (clip, text) as the LLM finishes them. Clips that are not done go on with the next batch."""
     few = UNFINISHED if cfg["data.batch_s"] else 0
     repetition = cfg["decode.repetition_penalty"], cfg["decode.no_repeat_ngram_size"]
     guessing = listener.ctc is not None and cfg["decode.speculative"] and repetition == (1.0, 0)
-    with autocast(listener.device, listener.dtype):
-        if guessing and is_gpu(listener.device):
-            answers = model.decode_drafted(listener.llm, batches, listener.stop_id,
-                                           listener.replays[1] if replays else None)
-        else:
-            asked = []
-            stream = model.decode_stream(listener.llm, spliced(batches, listener, asked), listener.stop_id,
-                                         *repetition, few)
-            answers = ((asked[place], ids, score) for place, ids, score in stream)
-        for clip, answer, _ in answers:
-            if cfg["decode.ctc_weight"] > 0 and listener.ctc is not None:
-                answer = choose(answer, clip.log_probs, clip.prompt, clip.speech, listener, cfg)
-            yield clip, listener.tokenizer.decode(answer, skip_special_tokens=True).strip()
+    if guessing and is_gpu(listener.device):
+        answers = model.decode_drafted(listener.llm, batches, listener.stop_id, replays and replays[1])
+    else:
+        asked = []
+        stream = model.decode_stream(
+            listener.llm, spliced(batches, listener, asked), listener.stop_id, *repetition, few)
+        answers = ((asked[place], ids, score) for place, ids, score in stream)
+    for clip, answer, _ in answers:
+        if cfg["decode.ctc_weight"] > 0 and listener.ctc is not None:
+            answer = choose(answer, clip.log_probs, clip.prompt, clip.speech, listener, cfg)
+        yield clip, listener.tokenizer.decode(answer, skip_special_tokens=True).strip()
 
 
 def spliced(batches, listener, asked):

@@ -11,6 +11,7 @@ V vocabulary. `x (B, T, W)` travels with `lens (B,)`; a bool mask is True where 
 """
 
 import array
+import collections
 import copy
 import functools
 import hashlib
@@ -48,6 +49,20 @@ def upload(x, device):
     if device.type == "cuda" and not x.is_cuda and x.nbytes > 2**16:  # CUDA takes up to 64 KB at once in any case
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
+
+
+def download(x):
+    """A tensor to the CPU: on its way from a GPU at once, behind what that has to do; call the result to have it."""
+    if not x.is_cuda:
+        return lambda: x
+    there, arrived = x.to("cpu", non_blocking=True), torch.cuda.Event()
+    arrived.record()
+
+    def wait():
+        arrived.synchronize()
+        return there
+
+    return wait
 
 
 def length_mask(lens, max_len, device=None):
@@ -455,12 +470,18 @@ class KaldiEncoder(SpeechEncoder):
 
     def ctc_text(self, enc, lens):
         """What SenseVoice's own CTC head reads: list of strings, without the LLM. blank is 0."""
+        return self.ctc_read(self.ctc_best(enc), lens)
+
+    def ctc_best(self, enc):
+        """The best class of that head in each frame: (B, T)."""
         if self.ctc_tokenizer is None:
             raise ValueError("this encoder has no CTC head of its own with a tokenizer; only SenseVoiceSmall has")
+        return self.ctc_lo(enc).argmax(-1)
+
+    def ctc_read(self, best, lens):
         if self.keep_query_frames:  # the first four frames predict language, emotion, event and text norm
-            enc, lens = enc[:, 4:], lens - 4
-        paths = ctc_greedy(self.ctc_lo(enc), lens, blank=0)
-        return [self.ctc_tokenizer.decode(path).strip() for path in paths]
+            best, lens = best[:, 4:], lens - 4
+        return [self.ctc_tokenizer.decode(path).strip() for path in ctc_paths(best, lens, blank=0)]
 
 
 class WhisperEncoder(SpeechEncoder):
@@ -637,7 +658,8 @@ class CTCHead(nn.Module):
         self.proj, self.blank = None, len(token_ids)
         self.register_buffer("token_ids", token_ids.to(embedding.device))  # class -> token of the LLM
         table = embedding.detach()[self.token_ids].float()
-        self.register_buffer("table", table, persistent=False)  # (C, D), a copy of frozen weights
+        # a copy of frozen weights, with rows of zeros up to a multiple of 8: a GPU has slow kernels for odd numbers
+        self.register_buffer("rows", F.pad(table, (0, 0, 0, -len(table) % 8)), persistent=False)
         rms = embedding_rms(table)
         self.blank_row = nn.Parameter(torch.randn(width, device=table.device) * rms)
         self.blank_bias = nn.Parameter(torch.zeros(1, device=table.device))
@@ -648,9 +670,14 @@ class CTCHead(nn.Module):
         if self.proj is not None:
             return self.proj(x).float().log_softmax(-1)
         scale = self.log_scale.exp()
-        tokens = F.linear(x * scale, self.table.to(x.dtype))  # (B, S, C)
+        tokens = F.linear(x * scale, self.rows.to(x.dtype))[..., : self.blank]  # (B, S, C)
         blank = F.linear(x * scale, self.blank_row[None].to(x.dtype)) + self.blank_bias
         return torch.cat([tokens, blank.to(tokens.dtype)], dim=-1).float().log_softmax(-1)
+
+    @property
+    def table(self):
+        """The embeddings of its tokens (C, D)."""
+        return self.rows[: self.blank]
 
     def classes(self, ids):
         """Token ids of the LLM -> classes of this head; ids that the head does not have are left out.
@@ -699,8 +726,13 @@ def ctc_min_frames(labels):
 
 def ctc_greedy(scores, lens, blank):
     """Best path, repeats merged, blanks dropped: scores (B, S, C) -> list of label lists."""
-    best, paths = scores.argmax(-1).tolist(), []
-    for row, length in zip(best, lens.tolist()):
+    return ctc_paths(scores.argmax(-1), lens, blank)
+
+
+def ctc_paths(best, lens, blank):
+    """The same from the best class of each position (B, S)."""
+    paths = []
+    for row, length in zip(best.tolist(), lens.tolist()):
         row = row[:length]
         paths.append([c for i, c in enumerate(row) if c != blank and (i == 0 or c != row[i - 1])])
     return paths
@@ -1385,20 +1417,21 @@ def decode_drafted(llm, batches, stop_id, alone=None):
 
     A pass reads prompt, speech, the answer so far and the guess behind it, as in training, and the answer grows by what
     was guessed right and one token more. What is not finished is read again, all of it, with the clips of the next
-    batch. To a GPU the hundred positions of a clip cost little more than one (it has to fetch all weights in any
-    case), while passes over a cache are many small operations for which it waits.
+    batch. Two passes are under way at a time, so that the GPU has one while the CPU looks at the other.
+    To a GPU the hundred positions of a clip cost little more than one (it has to fetch all weights in any case), while
+    passes over a cache are many small operations for which it waits.
     Input   batches: iterable of lists of namespaces: prompt (before, after), speech (K, D), guess (list of ids), cap.
             alone: finish each batch, of one clip, before the next one is begun; Graphs of hidden_states for its passes.
     Output  yields (namespace, ids without the stop token, sum of log-probabilities).
     """
-    embed, waiting, budget = llm.get_input_embeddings(), [], 0
+    embed, waiting, flying, budget = llm.get_input_embeddings(), [], collections.deque(), 0
 
     def size(row):
         before, after = row.clip.prompt
         return len(before) + len(row.clip.speech) + len(after) + len(row.answer) + len(row.guess)
 
-    def read(rows):
-        """One pass; yields what is finished, and leaves the rest in `waiting`."""
+    def begin(rows):
+        """Start a pass. Output: its rows, and what the LLM writes in place of each guess and behind, on its way."""
         speech = [row.clip.speech for row in rows]
         spliced = splice(embed, [row.clip.prompt for row in rows], pad_sequence(speech, True),
                          torch.tensor(list(map(len, speech))), [row.answer + row.guess for row in rows])
@@ -1411,9 +1444,12 @@ def decode_drafted(llm, batches, stop_id, alone=None):
         first = [n * embeds.shape[1] + size(row) - len(row.guess) - 1 for n, row in enumerate(rows)]
         places = torch.tensor([at + n for at, row in zip(first, rows) for n in range(1 + len(row.guess))])
         scores = llm.lm_head(hidden.flatten(0, 1).index_select(0, upload(places, hidden.device))).float()
-        chosen = scores.argmax(-1)
-        gained = scores.gather(1, chosen[:, None])[:, 0] - scores.logsumexp(-1)  # log-probabilities
-        chosen, gained = iter(chosen.tolist()), iter(gained.tolist())
+        best = scores.max(-1)
+        return rows, download(best.indices), download(best.values - scores.logsumexp(-1))  # log-probabilities
+
+    def end(rows, chosen, gained):
+        """Yields what a pass has finished; the rest waits."""
+        chosen, gained = iter(chosen().tolist()), iter(gained().tolist())
         for row in rows:
             tokens, log_probs = ([next(values) for _ in range(1 + len(row.guess))] for values in (chosen, gained))
             goes_on, right = accept(row, row.guess, tokens, log_probs, stop_id)
@@ -1426,12 +1462,17 @@ def decode_drafted(llm, batches, stop_id, alone=None):
     for batch in itertools.chain(batches, [[]]):  # at the end, what is left
         waiting += [SimpleNamespace(clip=clip, answer=[], score=0.0, cap=clip.cap, guess=clip.guess) for clip in batch]
         budget = max([budget, *(size(row) * len(batch) for row in waiting[len(waiting) - len(batch) :])])
-        waiting.sort(key=size, reverse=True)
-        while waiting and (alone is not None or not batch or size(waiting[0]) * len(waiting) >= budget):
-            count = max(1, budget // size(waiting[0]))
-            rows, waiting[:] = waiting[:count], waiting[count:]
-            yield from read(rows)
+        at_once = alone is not None or not batch
+        while True:
             waiting.sort(key=size, reverse=True)
+            if len(flying) < 2 and waiting and (at_once or size(waiting[0]) * len(waiting) >= budget):
+                count = max(1, budget // size(waiting[0]))
+                rows, waiting[:] = waiting[:count], waiting[count:]
+                flying.append(begin(rows))
+            elif len(flying) == 2 or flying and at_once:
+                yield from end(*flying.popleft())
+            else:
+                break  # one pass goes on while the next batch comes
 
 
 def cut_runs(lengths, pass_cost):

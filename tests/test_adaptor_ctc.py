@@ -427,7 +427,7 @@ def test_a_clip_in_which_ctc_hears_nothing_gives_its_mean_posterior():
 
 def test_gradients_of_soft_speech_are_those_of_its_formula():
     head, _ = tied_head()
-    head.table = head.table.double()
+    head.rows = head.rows.double()
     scores = (3 * torch.randn(2, 5, 7)).double().requires_grad_(True)
 
     def soft(x):
