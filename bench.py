@@ -2,7 +2,8 @@
 
     python bench.py                             # = make bench: the demo's models and speech, after make demo
     python bench.py --size tiny                 # random weights, seconds: checks that every row works
-    python bench.py --size full --device cuda   # SenseVoice-Small + 207.7 M adaptor + Qwen3-4B: shapes, random weights
+    python bench.py --size full --device cuda   # SenseVoice-Small + 207.7 M adaptor + Qwen3-4B: shapes, random weights;
+                                                # with --repeats 3 --baseline-repeats 0 some five minutes of an H200
     python bench.py --stages encoder,infer_batch1
     python bench.py --scale --out scale.json    # how cost grows with clip length, batch and corpus; also scale.png
 
@@ -11,8 +12,10 @@ Output  a table, and bench.json, written after every row: machine, environment, 
         ratio, equal, peak_mb and baseline_peak_mb (of the whole process, in an untimed first run of each way; on CUDA
         of torch's allocator), audio_s, audio_s_per_s, usual (what the baseline is); all but fbank tflops and mfu: what
         ours reaches, padding included, and its share of matmul_tflops; encoder also transformers_s (with --compile also
-        compiled_s: ours under torch.compile); on CUDA minutes_aishell for the two phases, of their training steps alone
-        (no validation), beside minutes_original.
+        compiled_s: ours under torch.compile); inference rtf, identical (share of equal texts), usual_share (of the
+        clips, by seconds, that the usual way takes; its time is divided by that); training steps apart (by how much
+        losses or gradients differ at most, relative); on CUDA minutes_aishell for the two phases, of their training
+        steps alone (no validation), beside minutes_original, and for precompute (178 h, in shards of 2048 clips).
         --scale: `scale`, rows of points (size, seconds, MiB), time's exponent, its bound (BOUNDS), whether it holds.
 Fair    Baseline and ours run in turns in one process with the same number of threads, after one untimed run each. Both
         begin at the same audio files (steps of phase 1 and 2: at cached encoder outputs) and end at the same
@@ -20,11 +23,12 @@ Fair    Baseline and ours run in turns in one process with the same number of th
         common batch and each parameter's gradient, before clipping. Dropout is off, and the learning rate of the steps
         is 0 (AdamW does all its work and moves nothing), so that every repeat sees the same weights.
 Usual   one clip at a time, Whisper padded to 30 s (with a mask, or the outputs could not be compared), a forward hook,
-        one .pt file a clip; random batches padded to their longest clip; fp32; the LLM's weights left trainable, logits
-        at all positions; transformers' `generate` on one clip at a time.
-Limits  --size full has no trained CTC head, so it decodes without CTC's drafts; and since random weights hardly ever
-        end an answer, both ways end it after as many tokens as the transcript has. On CUDA both ways of phase2_step
-        have the baseline's fp32 copy of the LLM in memory. The CUDA path has never been run.
+        one .pt file a clip; random batches padded to their longest clip; fp32 without TF32; the LLM's weights left
+        trainable, logits at all positions; transformers' `generate` on one clip at a time (in bf16 on a GPU).
+Limits  Random weights hardly ever end an answer, so both ways end it after as many tokens as the transcript has. On a
+        GPU ours then stages answers and CTC's drafts (Staged): passes are as many as with drafts that have every 20th
+        token wrong. The usual way of phase2_step has smaller batches there; both have its fp32 copy of the LLM in
+        memory.
 """
 
 import argparse
@@ -33,6 +37,7 @@ import copy
 import ctypes
 import functools
 import gc
+import itertools
 import json
 import math
 import multiprocessing
@@ -364,7 +369,7 @@ def precompute_stage(world):
 
     def ours():
         encode([rows], folder)
-        identity = {f"encoder.{key}": value for key, value in encoder.identity.items()}
+        identity = {f"encoder.{key}": value for key, value in encoder.identity.items()} | {"format": 2}
         (folder / "cache.json").write_text(json.dumps(identity))
         cache = train_phase1.EncoderCache(folder)
         return [torch.from_numpy(cache[row["key"]].astype(np.float32)) for row in rows]
@@ -894,18 +899,20 @@ def write_corpus(folder, count):
     for _ in range(25000):
         texts += [("en", " ".join(rng.choices(words, k=6))), ("zh", "".join(rng.choices(characters, k=4)))]
     folder.mkdir(exist_ok=True)
-    (folder / "cache.json").write_text(json.dumps({"encoder.width": 1, "encoder.frame_ms": 20.0}))
+    (folder / "cache.json").write_text(json.dumps({"encoder.width": 1, "encoder.frame_ms": 20.0, "format": 2}))
     with open(folder / "all.jsonl", "w", encoding="utf-8") as file:
         for first in range(0, count, shard_clips):
-            clips = []
-            for n in range(first, min(first + shard_clips, count)):
+            keys, numbers = [], range(first, min(first + shard_clips, count))
+            for n in numbers:
                 key, (language, text) = f"BAC009S{n:09d}", texts[n % len(texts)]
                 file.write(f'{{"key": "{key}", "source": "wav/train/S{n // 400:05d}/{key}.wav", '
                            f'"language": "{language}", "target": "{text} {n}"}}\n')
-                clips.append({"key": key, "first": (n - first) * frames, "frames": frames - n % 200, "seconds": 5.0})
-            path = folder / f"shard-{first // shard_clips:05d}.json"
-            path.write_text(json.dumps({"clips": clips, "bad": [], "frames": frames * len(clips)}))
-            np.lib.format.open_memmap(path.with_suffix(".npy"), "w+", np.float16, (frames * len(clips), 1))
+                keys.append(key)
+            path, lengths = folder / f"shard-{first // shard_clips:05d}.json", [frames - n % 200 for n in numbers]
+            starts = [0, *itertools.accumulate(lengths)]
+            path.write_text(json.dumps({"key": keys, "first": starts[:-1], "frames": lengths, "bad": [],
+                                        "seconds": [5.0] * len(keys)}))
+            np.lib.format.open_memmap(path.with_suffix(".npy"), "w+", np.float16, (starts[-1], 1))
 
 
 def start_training(folder, tokenizer):
@@ -925,13 +932,13 @@ def start_training(folder, tokenizer):
     done("index of the cache")
     train = train_phase1.open_utterances(cfg, cache, tokenizer)
     train.token_counts().nonzero()[0].tolist()  # CTC's vocabulary
-    sum(train.seconds)
+    np.sum(train.seconds)
     done("texts")
     first = train_phase1.epoch_batches(train.frames, cfg["batch_clips"], cfg["batch_frames"], 1, 0, 0)
     next(train_phase1.stream(train, cache, cfg, 0, 0, 0, first))
     done("order, first batch")
     whole, adaptor = times[-1] - times[0], model.AudioAdaptor(1, 8, 8, 1, 1)
-    [adaptor.out_lens(frames) + 2 * count + 20 for frames, count in zip(train.frames, train.num_ids.tolist())]
+    adaptor.out_lens(np.asarray(train.frames)) + 2 * train.num_ids + 20
     done("phase 2's lengths")
     return found | {"": (whole, process_peak_mb())}
 

@@ -722,19 +722,21 @@ def hotwords_of(row, cfg):
 
 def cut_batches(order, lengths, size, budget, world):
     """Cut indices (sorted by length) into batches of at most `size` clips and `budget` padded frames, per process."""
-    batches, batch, longest, most, room = [], [], 0, size * world, budget * world
-    for index in order:
-        length = lengths[index]
-        if length > longest:  # max() takes longer, and an epoch may have millions of clips
-            longest = length
-        if len(batch) >= world and (len(batch) >= most or longest * (len(batch) + 1) > room):  # one each at least
-            batches.append(batch)
-            batch, longest = [], length
-        batch.append(index)
-    if batches and len(batch) < world:  # too few for every process to have one
-        batches[-1] += batch
-    else:
-        batches.append(batch)
+    batches, first, most, room = [], 0, size * world, budget * world
+    while first < len(order):
+        low, high = min(world, len(order) - first), min(most, len(order) - first)  # one clip a process at least
+        count = high
+        while low < high:  # what fits can be bisected, since clips get longer; mostly all do
+            if lengths[order[first + count - 1]] * count <= room:
+                low = count
+            else:
+                high = count - 1
+            count = (low + high + 1) // 2
+        if batches and low < world:  # too few for every process to have one
+            first -= len(batches.pop())
+            low = len(order) - first
+        batches.append(order[first : first + low])
+        first += low
     return batches
 
 

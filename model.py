@@ -56,7 +56,7 @@ def download(x):
     if not x.is_cuda:
         return lambda: x
     there, arrived = x.to("cpu", non_blocking=True), torch.cuda.Event()
-    arrived.record()
+    arrived.record(torch.cuda.current_stream(x.device))
 
     def wait():
         arrived.synchronize()
@@ -1443,9 +1443,13 @@ def decode_drafted(llm, batches, stop_id, alone=None):
             hidden = alone(embeds)
         first = [n * embeds.shape[1] + size(row) - len(row.guess) - 1 for n, row in enumerate(rows)]
         places = torch.tensor([at + n for at, row in zip(first, rows) for n in range(1 + len(row.guess))])
-        scores = llm.lm_head(hidden.flatten(0, 1).index_select(0, upload(places, hidden.device))).float()
-        best = scores.max(-1)
-        return rows, download(best.indices), download(best.values - scores.logsumexp(-1))  # log-probabilities
+        hidden, chosen, gained = hidden.flatten(0, 1).index_select(0, upload(places, hidden.device)), [], []
+        for part in hidden.split(256):  # of more, the scores would take more memory than all else but the weights
+            scores = llm.lm_head(part).float()
+            best = scores.max(-1)
+            chosen.append(best.indices)
+            gained.append(best.values - scores.logsumexp(-1))  # log-probabilities
+        return rows, download(torch.cat(chosen)), download(torch.cat(gained))
 
     def end(rows, chosen, gained):
         """Yields what a pass has finished; the rest waits."""
@@ -1713,8 +1717,6 @@ class Utterances:
         utterances = cls()
         for name in vars(utterances):
             setattr(utterances, name, np.asarray(np.load(Path(folder) / f"{name}.npy", mmap_mode="r")))
-        for name, kind in (("frames", "i"), ("seconds", "d")):  # read for every epoch's order: arrays are faster there
-            setattr(utterances, name, array.array(kind, getattr(utterances, name).tobytes()))
         return utterances
 
     def __len__(self):
@@ -1726,7 +1728,7 @@ class Utterances:
         index = range(len(self))[index]  # IndexError past the end, which also ends a loop over all
         utterance = marshal.loads(self.text[self.ends[index] : self.ends[index + 1]])
         utterance["ids"] = self.ids[self.id_ends[index] : self.id_ends[index + 1]].tolist()
-        return utterance | {"frames": self.frames[index], "seconds": self.seconds[index]}
+        return utterance | {"frames": int(self.frames[index]), "seconds": float(self.seconds[index])}
 
     @property
     def num_ids(self):

@@ -5,7 +5,7 @@
 
 Input   manifests (`data.train`, `data.valid`, `data.test`; several are separated by commas).
 Output  cache.dir/shard-00000.npy   fp16 (frames, W), the clips of one shard one after the other, memory-mappable
-        cache.dir/shard-00000.json  for each clip its key, first row, number of frames, seconds; clips left out
+        cache.dir/shard-00000.json  lists of the clips' keys, first rows, numbers of frames, seconds; clips left out
         cache.dir/cache.json        the encoder's identity (hash of weights, front end), frame_ms, width
         cache.dir/bad.jsonl         every clip that could not be used, with the reason
 A shard is written whole or not at all, and what goes into it is a pure function of the manifests, so a run that was
@@ -325,7 +325,7 @@ def encode_shards(shards, paths, encoder, cfg, device, dtype, bar):
     """
     def encode(messages, path):
         frames, index, bad = encode_shard(messages, encoder, cfg, device, dtype)
-        shard = {"clips": index, "bad": bad, "frames": len(frames)}
+        shard = {name: [clip[name] for clip in index] for name in ("key", "first", "frames", "seconds")} | {"bad": bad}
         write_atomic(path.with_suffix(".npy"), lambda file: np.save(file, frames))
         write_atomic(path, lambda file: file.write(json.dumps(shard).encode()))  # last: marks it done
         return bad
@@ -364,7 +364,7 @@ def main(cfg):
     identity = {f"encoder.{key}": value for key, value in encoder.identity.items()}
     sizes = [Path(c["source"]).stat().st_size if Path(c["source"]).is_file() else 0 for c in clips]
     listed = model.hash_text([[c["key"], c["speed"], n_bytes] for c, n_bytes in zip(clips, sizes)])
-    identity |= {"format": 1, "list of clips": listed, "shard_clips": size, "seed": cfg["seed"], "dtype": str(dtype),
+    identity |= {"format": 2, "list of clips": listed, "shard_clips": size, "seed": cfg["seed"], "dtype": str(dtype),
                  "data.min_s": cfg["data.min_s"], "data.max_s": cfg["data.max_s"]}
     folder = Path(cfg["cache.dir"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -410,10 +410,11 @@ def write_bad(folder, n_shards):
 def finish(folder, n_shards, started):
     """Write bad.jsonl and say what the cache holds."""
     parts, bad = write_bad(folder, n_shards)
-    hours = sum(clip["seconds"] for part in parts for clip in part["clips"]) / 3600
+    hours = sum(sum(part["seconds"]) for part in parts) / 3600
     seconds = time.time() - started
-    print(f"cached {sum(len(part['clips']) for part in parts)} clips, {hours:.2f} h, {sum(p['frames'] for p in parts)} "
-          f"frames; {len(bad)} left out (bad.jsonl); {seconds:.0f} s, {hours * 3600 / seconds:.0f} audio s per s")
+    count, frames = sum(len(part["key"]) for part in parts), sum(sum(part["frames"]) for part in parts)
+    print(f"cached {count} clips, {hours:.2f} h, {frames} frames; {len(bad)} left out (bad.jsonl); {seconds:.0f} s, "
+          f"{hours * 3600 / seconds:.0f} audio s per s")
     for row in bad[:5]:
         print(f"  left out: {row['key']}: {row['reason']}")
 

@@ -254,6 +254,8 @@ class EncoderCache:
             raise ValueError(f"{folder}: no cache here; run precompute.py with cache.dir={folder} first")
         self.identity = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
         self.width, self.frame_ms = self.identity["encoder.width"], self.identity["encoder.frame_ms"]
+        if self.identity.get("format") != 2:
+            raise ValueError(f"{folder}: was made by another version of precompute.py; delete it and run that again")
         self.shards, self.bad = [], {}
         self.numbers = {}  # key -> its place in these arrays: dicts of millions of clips would fill the memory
         self.shard, self.first, self.frames, self.seconds = (array.array(kind) for kind in "iqid")
@@ -273,14 +275,13 @@ class EncoderCache:
             except (ValueError, OSError) as error:
                 raise ValueError(f"{path.with_suffix('.npy')}: unreadable or truncated ({error}); delete {path.name} "
                                  "and run precompute.py again") from error
-            if frames.shape != (shard["frames"], self.width):
+            if frames.shape != (sum(shard["frames"]), self.width):
                 raise ValueError(f"{path.with_suffix('.npy')}: holds {frames.shape}, its index says "
-                                 f"{(shard['frames'], self.width)}; delete both and run precompute.py again")
-            clips = shard["clips"]
-            self.numbers.update(zip((clip["key"] for clip in clips), itertools.count(len(self.shard))))
-            self.shard.extend(itertools.repeat(len(self.shards), len(clips)))
+                                 f"{(sum(shard['frames']), self.width)}; delete both and run precompute.py again")
+            self.numbers.update(zip(shard["key"], itertools.count(len(self.shard))))
+            self.shard.extend(itertools.repeat(len(self.shards), len(shard["key"])))
             for name in ("first", "frames", "seconds"):
-                getattr(self, name).extend(clip[name] for clip in clips)
+                getattr(self, name).extend(shard[name])
             self.bad |= {row["key"]: row["reason"] for row in shard["bad"]}
             self.shards.append(frames)
 
@@ -390,41 +391,40 @@ def keep_utterances(utterances, folder):
 
 def cut_batches(order, lengths, size, budget, world):
     """Cut indices (sorted by length) into batches of at most `size` clips and `budget` padded frames, per process."""
-    batches, batch, longest, most, room = [], [], 0, size * world, budget * world
-    for index in order:
-        length = lengths[index]
-        if length > longest:  # max() takes longer, and an epoch may have millions of clips
-            longest = length
-        if len(batch) >= world and (len(batch) >= most or longest * (len(batch) + 1) > room):  # one each at least
-            batches.append(batch)
-            batch, longest = [], length
-        batch.append(index)
-    if batches and len(batch) < world:  # too few for every process to have one
-        batches[-1] += batch
-    else:
-        batches.append(batch)
+    batches, first, most, room = [], 0, size * world, budget * world
+    while first < len(order):
+        low, high = min(world, len(order) - first), min(most, len(order) - first)  # one clip a process at least
+        count = high
+        while low < high:  # what fits can be bisected, since clips get longer; mostly all do
+            if lengths[order[first + count - 1]] * count <= room:
+                low = count
+            else:
+                high = count - 1
+            count = (low + high + 1) // 2
+        if batches and low < world:  # too few for every process to have one
+            first -= len(batches.pop())
+            low = len(order) - first
+        batches.append(order[first : first + low])
+        first += low
     return batches
 
 
 def epoch_batches(lengths, size, budget, world, seed, epoch):
-    """Batches of one epoch, a pure function of seed and epoch: neighbours in length, in shuffled order.
+    """Batches (arrays of indices) of one epoch, a pure function of seed and epoch: neighbours in length, shuffled.
 
     The longest batch comes first: if memory does not suffice, the run ends in its first step and not in its last.
     """
-    rng = random.Random(f"{seed}-{epoch}")
-    order = array.array("i", range(len(lengths)))  # flat: a list of millions is slow to shuffle
-    rng.shuffle(order)
-    pool = 32 * size * world
-    if len(order) < world or max(lengths) > budget:
-        raise ValueError(f"{len(order)} clips, the longest of {max(lengths, default=0)} positions, do not fill {world} "
-                         f"process(es) of {budget} positions: raise batch_tokens (in phase 1: batch_frames), or leave "
-                         "the longest clips out")
-    pools = [order[start : start + pool] for start in range(0, len(order), pool)]
-    if len(pools) > 1 and len(pools[-1]) < world:  # too few for every process to have one
-        pools[-2] += pools.pop()
+    rng, lengths = random.Random(f"{seed}-{epoch}"), np.asarray(lengths)
+    if len(lengths) < world or lengths.max() > budget:
+        raise ValueError(f"{len(lengths)} clips, the longest of {lengths.max(initial=0)} positions, do not fill "
+                         f"{world} process(es) of {budget} positions: raise batch_tokens (in phase 1: batch_frames), "
+                         "or leave the longest clips out")
+    order = np.random.default_rng(rng.getrandbits(64)).permutation(len(lengths)).astype(np.int32)
+    ends = [*range(32 * size * world, len(order) - world + 1, 32 * size * world), len(order)]  # no pool below `world`
     batches = []
-    for part in pools:
-        batches += cut_batches(sorted(part, key=lengths.__getitem__), lengths, size, budget, world)
+    for start, end in zip([0, *ends], ends):
+        part = order[start:end]
+        batches += cut_batches(part[np.argsort(lengths[part], kind="stable")], lengths, size, budget, world)
     rng.shuffle(batches)
     if epoch == 0:
         worst = max(range(len(batches)), key=lambda b: len(batches[b]) * lengths[batches[b][-1]])  # sorted inside
@@ -727,7 +727,7 @@ def stream(train, cache, cfg, step, epoch, used, first):
         first = None
         for batch in batches[used:]:
             used += 1
-            mine = [train[i] for i in batch[rank::world]]
+            mine = [train[i] for i in batch[rank::world].tolist()]
             seed = f"{cfg['seed']}-{number // cfg['optim.accum']}"
             yield epoch, used, len(batch), mine, *load_frames(mine, cache, cfg, seed=seed)
             number += 1
@@ -855,7 +855,7 @@ def log_window(window, cfg, phase, step, total, lr, grad_norm, metrics, writer, 
 
 def print_start(cfg, phase, train, valid, total, device, dtype, world):
     """Everything derived, once, before the first step."""
-    hours = sum(train.seconds) / 3600
+    hours = np.sum(train.seconds) / 3600
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in phase.named_children()}
     print(f"train {len(train)} clips, {hours:.2f} h an epoch; valid {len(valid)} clips | {total} steps of at most "
           f"{cfg['batch_clips']} clips and {cfg['batch_frames']} frames x {world} x {cfg['optim.accum']}; a clip's "

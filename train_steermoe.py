@@ -30,7 +30,6 @@ Logged  ce (nats per label token), acc (share of label tokens predicted right, t
         (share of frames whose highest gate is that of the layer's most chosen expert); of process 0.
 """
 
-import array
 import difflib
 import io
 import json
@@ -555,7 +554,8 @@ def stream(train, encoder, cfg, epoch, used, bad):
     rank, world = rank_and_world()
     while True:
         batches = train_batches(train, cfg, epoch)[used:]
-        for feats, lens, rows in read_batches(train, [batch[rank::world] for batch in batches], encoder, cfg, bad):
+        mine = [batch[rank::world].tolist() for batch in batches]
+        for feats, lens, rows in read_batches(train, mine, encoder, cfg, bad):
             used += 1
             yield epoch, used, feats, lens, rows
         epoch, used = epoch + 1, 0
@@ -572,41 +572,40 @@ def train_batches(train, cfg, epoch):
 
 def cut_batches(order, lengths, size, budget, world):
     """Cut indices (sorted by length) into batches of at most `size` clips and `budget` padded frames, per process."""
-    batches, batch, longest, most, room = [], [], 0, size * world, budget * world
-    for index in order:
-        length = lengths[index]
-        if length > longest:  # max() takes longer, and an epoch may have millions of clips
-            longest = length
-        if len(batch) >= world and (len(batch) >= most or longest * (len(batch) + 1) > room):  # one each at least
-            batches.append(batch)
-            batch, longest = [], length
-        batch.append(index)
-    if batches and len(batch) < world:  # too few for every process to have one
-        batches[-1] += batch
-    else:
-        batches.append(batch)
+    batches, first, most, room = [], 0, size * world, budget * world
+    while first < len(order):
+        low, high = min(world, len(order) - first), min(most, len(order) - first)  # one clip a process at least
+        count = high
+        while low < high:  # what fits can be bisected, since clips get longer; mostly all do
+            if lengths[order[first + count - 1]] * count <= room:
+                low = count
+            else:
+                high = count - 1
+            count = (low + high + 1) // 2
+        if batches and low < world:  # too few for every process to have one
+            first -= len(batches.pop())
+            low = len(order) - first
+        batches.append(order[first : first + low])
+        first += low
     return batches
 
 
 def epoch_batches(lengths, size, budget, world, seed, epoch):
-    """Batches of one epoch, a pure function of seed and epoch: neighbours in length, in shuffled order.
+    """Batches (arrays of indices) of one epoch, a pure function of seed and epoch: neighbours in length, shuffled.
 
     The longest batch comes first: if memory does not suffice, the run ends in its first step and not in its last.
     """
-    rng = random.Random(f"{seed}-{epoch}")
-    order = array.array("i", range(len(lengths)))  # flat: a list of millions is slow to shuffle
-    rng.shuffle(order)
-    pool = 32 * size * world
-    if len(order) < world or max(lengths) > budget:
-        raise ValueError(f"{len(order)} clips, the longest of {max(lengths, default=0)} positions, do not fill {world} "
-                         f"process(es) of {budget} positions: raise batch_tokens (in phase 1: batch_frames), or leave "
-                         "the longest clips out")
-    pools = [order[start : start + pool] for start in range(0, len(order), pool)]
-    if len(pools) > 1 and len(pools[-1]) < world:  # too few for every process to have one
-        pools[-2] += pools.pop()
+    rng, lengths = random.Random(f"{seed}-{epoch}"), np.asarray(lengths)
+    if len(lengths) < world or lengths.max() > budget:
+        raise ValueError(f"{len(lengths)} clips, the longest of {lengths.max(initial=0)} positions, do not fill "
+                         f"{world} process(es) of {budget} positions: raise batch_tokens (in phase 1: batch_frames), "
+                         "or leave the longest clips out")
+    order = np.random.default_rng(rng.getrandbits(64)).permutation(len(lengths)).astype(np.int32)
+    ends = [*range(32 * size * world, len(order) - world + 1, 32 * size * world), len(order)]  # no pool below `world`
     batches = []
-    for part in pools:
-        batches += cut_batches(sorted(part, key=lengths.__getitem__), lengths, size, budget, world)
+    for start, end in zip([0, *ends], ends):
+        part = order[start:end]
+        batches += cut_batches(part[np.argsort(lengths[part], kind="stable")], lengths, size, budget, world)
     rng.shuffle(batches)
     if epoch == 0:
         worst = max(range(len(batches)), key=lambda b: len(batches[b]) * lengths[batches[b][-1]])  # sorted inside

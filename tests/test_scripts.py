@@ -202,6 +202,17 @@ def test_a_cache_of_another_encoder_is_refused(world, tmp_path):
         call(precompute, f"data.train={world['manifest']}", f"cache.dir={world['cache']}", f"encoder.name={other}")
 
 
+def test_a_cache_of_another_version_is_refused(world, tmp_path):
+    shutil.copytree(world["cache"], tmp_path / "cache")
+    path = tmp_path / "cache" / "cache.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
+    with pytest.raises(ValueError, match="another version of precompute.py; delete it and run that again"):
+        train_phase1.EncoderCache(tmp_path / "cache")
+    with pytest.raises(ValueError, match="made with another format"):
+        call(precompute, f"data.train={world['manifest']}", f"cache.dir={tmp_path / 'cache'}", world["encoder"],
+             "cache.shard_clips=5")
+
+
 def test_a_truncated_cache_file_is_named(world, tmp_path):
     shutil.copytree(world["cache"], tmp_path / "cache")
     shard = tmp_path / "cache" / "shard-00001.npy"
@@ -260,7 +271,7 @@ def test_a_large_manifest_is_read_once(world, tmp_path, monkeypatch, capsys, scr
     for reads in (1, 0):
         train = start(reads)
         assert list(train) == list(plain) and train[3:5] == plain[3:5] and train[-1] == plain[-1]
-        assert train.frames == plain.frames and train.seconds == plain.seconds
+        assert list(train.frames) == list(plain.frames) and list(train.seconds) == list(plain.seconds)
         assert train.num_ids.tolist() == plain.num_ids.tolist()
         assert train.token_counts().tolist() == plain.token_counts().tolist()
     folder, = cache.glob("utterances-*")
@@ -507,16 +518,45 @@ def test_the_learning_rate_warms_up_then_falls_to_zero():
     assert train_phase1.learning_rate(99, 110, cfg | {"optim.schedule": "constant"}) == 1.0
 
 
+def as_lists(batches):
+    return [batch.tolist() for batch in batches]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_batches_are_cut_as_one_by_one(seed):
+    """Against a plain loop: a clip joins its batch as long as limits allow, or if not every process has one yet."""
+    rng = random.Random(seed)
+    world, size, budget = rng.choice([1, 2, 3]), rng.randint(1, 6), rng.choice([20, 40, 90])
+    lengths = sorted(rng.randint(1, 20) for _ in range(rng.randint(world, 40)))
+    expected, batch = [], []
+    for index, length in enumerate(lengths):
+        fits = len(batch) < size * world and length * (len(batch) + 1) <= budget * world
+        if len(batch) >= world and not fits:
+            expected, batch = [*expected, batch], []
+        batch.append(index)
+    expected += [batch] if len(batch) >= world or not expected else []
+    expected[-1] += batch if len(batch) < world and expected[-1] is not batch else []
+    found = train_phase1.cut_batches(list(range(len(lengths))), lengths, size, budget, world)
+    assert found == expected
+    assert found == as_lists(train_phase1.cut_batches(np.arange(len(lengths)), np.array(lengths), size, budget, world))
+
+
+@pytest.mark.parametrize("count", [3, 4, 64, 65, 66, 67, 127, 128, 129, 640])
+def test_no_pool_is_too_small_for_all_processes(count):
+    batches = train_phase1.epoch_batches(list(range(1, count + 1)), 1, 1000, 2, 0, 1)
+    assert sorted(i for batch in batches for i in batch) == list(range(count)) and min(map(len, batches)) >= 2
+
+
 def test_epoch_batches_hold_every_clip_once_within_the_budget_longest_first():
     lengths = [int(n) for n in np.random.default_rng(0).integers(5, 200, 500)]
     for epoch in (0, 1):
         batches = train_phase1.epoch_batches(lengths, 16, 1000, 2, 7, epoch)
         assert sorted(i for batch in batches for i in batch) == list(range(500))
-        assert batches == train_phase1.epoch_batches(lengths, 16, 1000, 2, 7, epoch)
+        assert as_lists(batches) == as_lists(train_phase1.epoch_batches(lengths, 16, 1000, 2, 7, epoch))
         sizes = [len(batch) * max(lengths[i] for i in batch) for batch in batches]
         assert max(sizes) <= 2 * 1000 + 200 and max(map(len, batches)) <= 2 * 16 + 1 and min(map(len, batches)) >= 2
     first = train_phase1.epoch_batches(lengths, 16, 1000, 2, 7, 0)
-    assert first != train_phase1.epoch_batches(lengths, 16, 1000, 2, 8, 0)
+    assert as_lists(first) != as_lists(train_phase1.epoch_batches(lengths, 16, 1000, 2, 8, 0))
     sizes = [len(batch) * max(lengths[i] for i in batch) for batch in first]
     assert sizes[0] == max(sizes)
 
