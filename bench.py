@@ -3,7 +3,7 @@
     python bench.py                             # = make bench: the demo's models and speech, after make demo
     python bench.py --size tiny                 # random weights, seconds: checks that every row works
     python bench.py --size full --device cuda   # SenseVoice-Small + 207.7 M adaptor + Qwen3-4B: shapes, random weights;
-                                                # with --repeats 3 --baseline-repeats 0 some five minutes of an H200
+                                                # --repeats 3 --baseline-repeats 0 for a GPU that is lent by the minute
     python bench.py --stages encoder,infer_batch1
     python bench.py --scale --out scale.json    # how cost grows with clip length, batch and corpus; also scale.png
 
@@ -11,24 +11,28 @@ Output  a table, and bench.json, written after every row: machine, environment, 
         reaches here) and `rows`, each with stage, baseline_s, ours_s (medians), their spreads (longest - shortest),
         ratio, equal, peak_mb and baseline_peak_mb (of the whole process, in an untimed first run of each way; on CUDA
         of torch's allocator), audio_s, audio_s_per_s, usual (what the baseline is); all but fbank tflops and mfu: what
-        ours reaches, padding included, and its share of matmul_tflops; encoder also transformers_s (with --compile also
-        compiled_s: ours under torch.compile); inference rtf, identical (share of equal texts), usual_share (of the
-        clips, by seconds, that the usual way takes; its time is divided by that); training steps apart (by how much
-        losses or gradients differ at most, relative); on CUDA minutes_aishell for the two phases, of their training
-        steps alone (no validation), beside minutes_original, and for precompute (178 h, in shards of 2048 clips).
+        ours reaches, padding included, and its share of matmul_tflops.
+        encoder         transformers_s; with --compile compiled_s: ours under torch.compile
+        training steps  apart: by how much losses or gradients differ at most, relative
+        inference       rtf, of all clips, while readers work ahead (no latency); identical: share of equal texts
+                        (staged: of equal tokens; worst: by how much a different one scores less); usual_share of the
+                        clips, by seconds, that the usual way takes (its time is divided by that)
+        on CUDA         minutes_aishell of the two phases, of their training steps alone (no validation), beside
+                        minutes_original, and of precompute (178 h, in shards of 2048 clips, timed once)
         --scale: `scale`, rows of points (size, seconds, MiB), time's exponent, its bound (BOUNDS), whether it holds.
-Fair    Baseline and ours run in turns in one process with the same number of threads, after one untimed run each. Both
-        begin at the same audio files (steps of phase 1 and 2: at cached encoder outputs) and end at the same
-        thing. `equal` compares what they return: features, encoder outputs, texts; of training steps the loss of one
-        common batch and each parameter's gradient, before clipping. Dropout is off, and the learning rate of the steps
-        is 0 (AdamW does all its work and moves nothing), so that every repeat sees the same weights.
+Fair    Baseline and ours run in turns in one process with the same number of threads, after one untimed run each (with
+        --baseline-repeats 0 that run of the baseline counts). Both begin at the same audio files (steps of phase 1 and
+        2: at cached encoder outputs) and end at the same thing. `equal` compares what they return: features, encoder
+        outputs, texts; of training steps the loss of one common batch and each parameter's gradient, before clipping.
+        Dropout is off, and the learning rate of the steps is 0 (AdamW does all its work and moves nothing), so that
+        every repeat sees the same weights.
 Usual   one clip at a time, Whisper padded to 30 s (with a mask, or the outputs could not be compared), a forward hook,
         one .pt file a clip; random batches padded to their longest clip; fp32 without TF32; the LLM's weights left
         trainable, logits at all positions; transformers' `generate` on one clip at a time (in bf16 on a GPU).
 Limits  Random weights hardly ever end an answer, so both ways end it after as many tokens as the transcript has. On a
         GPU ours then stages answers and CTC's drafts (Staged): passes are as many as with drafts that have every 20th
-        token wrong. The usual way of phase2_step has smaller batches there; both have its fp32 copy of the LLM in
-        memory.
+        token wrong; `equal` compares what the LLM would have written with a plain pass over the clip alone. The usual
+        way of phase2_step has smaller batches there; both have its fp32 copy of the LLM in memory.
 """
 
 import argparse
@@ -609,7 +613,8 @@ class Staged:
         table, listener, rng = world.listener.llm.get_input_embeddings().weight, world.listener, random.Random(0)
         listener.ctc = model.freeze(model.CTCHead(table.shape[1], embedding=table,
                                                   token_ids=range(50, min(4050, len(table)))))  # as AISHELL-1 has
-        listener.read_ctc = listener.tokenizer.decode
+        listener.read_ctc = lambda path: listener.tokenizer.decode(listener.ctc.tokens(path))
+        listener.replays = None  # they have another head in them
         self.rows, self.choices, self.hear, self.accept = rows, {}, infer.hear, model.accept
         self.drafts = [" ".join(str(rng.randrange(50, 400) if rng.random() < 0.05 else token) for token in row["ids"])
                        for row in rows]
@@ -662,12 +667,13 @@ def inference(world, batch_size):
     staged = Staged(world, rows) if world.random and infer.is_gpu(world.device) else None
     if world.args.compile:
         model.compile_layers(llm.model.layers, world.device)
+    stance = "default" if world.args.compile else "force_eager"  # phase2_step may have left its layers compiled
 
     @mock.patch.object(model, "token_cap", cap_of)
     @torch.inference_mode()
-    def usual():
+    def usual(rows=rows[::step]):
         texts = []
-        for row in rows[::step]:
+        for row in rows:
             with infer.autocast(world.device, world.dtype):
                 enc, lens = listener.encoder(*window_features(world, row))
                 enc = enc[:, : row["frames"]].float()
@@ -695,13 +701,14 @@ def inference(world, batch_size):
     def ours():
         if staged is not None:
             staged.choices.clear()
-        with contextlib.nullcontext() if staged is None else staged.on():
+        with contextlib.nullcontext() if staged is None else staged.on(), torch.compiler.set_stance(stance):
             return hear_all(world, rows, batch_size)
 
     def equal(theirs, ours):
         indices = range(0, len(rows), step)
         if staged is None:
             row_of.identical = statistics.mean(text == ours[index] for text, index in zip(theirs, indices, strict=True))
+            row_of.worst = 0.0
             return row_of.identical == 1
         short = [plainly(functools.partial(staged.shortfalls, world, index))() for index in indices]
         flat = [value for values in short for value in values]
@@ -710,7 +717,7 @@ def inference(world, batch_size):
 
     window = ", padded to 30 s" if world.whisper else ""
     row_of = stage(usual, ours, equal, total_s(rows), f"one clip at a time{window}, transformers' generate",
-                   usual_share=total_s(rows[::step]) / total_s(rows))
+                   usual_share=total_s(rows[::step]) / total_s(rows), warm=lambda: usual(rows[:1]))
     return row_of
 
 
@@ -800,6 +807,8 @@ def measure(name, row, args, device, ceiling):
     """One line of the table: each way once for its memory and output, then all of them in turns for their time."""
     outputs, peaks, seconds = {}, {}, {}
     ways = {"baseline": plainly(row.usual), "ours": row.ours} | row.more
+    if hasattr(row, "warm"):  # what happens once only would be divided by usual_share, too
+        plainly(row.warm)()
     for way, function in ways.items():
         outputs[way], peaks[way], first = peak_of(function, device)
         seconds[way] = [] if way != "baseline" or args.baseline_repeats else [first]
@@ -811,7 +820,7 @@ def measure(name, row, args, device, ceiling):
     if hasattr(row, "apart"):
         result["apart"] = row.apart
     if hasattr(row, "usual_share"):
-        result |= {"identical": row.identical, "usual_share": row.usual_share}
+        result |= {"identical": row.identical, "worst": row.worst, "usual_share": row.usual_share}
         seconds["baseline"] = [one / row.usual_share for one in seconds["baseline"]]
     for way, spent in seconds.items():
         result |= {f"{way}_s": statistics.median(spent), f"{way}_spread_s": max(spent) - min(spent)}
@@ -878,14 +887,14 @@ def scale_rows(world, speech, ids, seconds, batch):
 
 
 def scale_stage(world, name, rows):
-    """Seconds and peak memory of our way over one batch: the memory of the first run, the time of the second."""
+    """Seconds and peak memory of our way over one batch: the memory of a first run, the median time of three more."""
     world.train = world.test = rows
     (world.folder / "cache.json").unlink(missing_ok=True)  # the step then makes the cache of these clips
     world.size |= {"batch": len(rows), "batch_s": math.inf, "phase2_clips": None, "heard": (len(rows), 1),
                    "heard_alone": (len(rows), 1)}
     row = inference(world, len(rows)) if name == "inference" else BUILD[name](world)
     _, peak, _ = peak_of(row.ours, world.device)
-    return timed(row.ours, world.device), peak
+    return statistics.median(timed(row.ours, world.device) for _ in range(3)), peak
 
 
 def write_corpus(folder, count):

@@ -89,10 +89,10 @@ DEFAULTS = {
     "score": True,  # where a row has a target that is not empty
     "ctc": True,  # also give and score the CTC read-out, and SenseVoice's own
     "control.wrong_audio": False,  # give each clip the speech of another text: if errors stay low, nobody listens
-    "data.batch_s": 120.0,  # padded seconds of audio per batch; 0: every clip alone, and written before the next is
+    "data.batch_s": 120.0,  # padded seconds of audio per batch; 0: one clip at a time
     "data.max_bad": 100,  # stop when more clips than this cannot be used
     "workers": 2,  # processes that read audio, find pauses and compute features
-    "compile": False,  # on a GPU: torch.compile of the LLM's layers; takes some 20 s, so for hours of audio
+    "compile": False,  # on a GPU, for passes over CTC's drafts: torch.compile of the LLM's layers; for hours of audio
     "seed": 0,
     "device": "auto",  # auto, cpu, cuda
     "dtype": "auto",  # auto: bf16 on a GPU, fp32 on a CPU
@@ -384,11 +384,15 @@ def read_batches(rows, encoder, cfg, clips, bad):
     Output  lists of (row index, segment number, features (T, F), start_s, end_s); fills `clips` {index: duration,
             empty segments} and `bad` on the way.
     """
-    order = sorted(range(len(rows)), key=lambda i: (-header_seconds(rows[i]["speech"]), i))
+    lengths = [header_seconds(row["speech"]) for row in rows]
+    order, messages = sorted(range(len(rows)), key=lambda i: (-lengths[i], i)), []
+    for index in order:  # each message from a worker takes its time, however little is in it
+        small = messages and len(messages[-1]) < 8 and sum(lengths[i] for i in messages[-1]) + lengths[index] < 60
+        messages[-1:] = [[*messages[-1], index]] if small and cfg["data.batch_s"] else [*messages[-1:], [index]]
     loader = torch.utils.data.DataLoader(
-        Recordings([rows[i] for i in order], encoder, cfg["vad.threshold_s"]), batch_size=8, collate_fn=list,
+        Recordings(rows, encoder, cfg["vad.threshold_s"]), batch_sampler=messages, collate_fn=list,
         num_workers=cfg["workers"], multiprocessing_context="fork" if cfg["workers"] else None,
-    )  # 8: each message from a worker takes its time, however much is in it
+    )
     batch, longest, items = [], 0.0, itertools.chain.from_iterable(loader)
     for index, (pieces, seconds, reason) in tqdm(zip(order, items), total=len(rows), unit="clip", disable=None):
         if reason:
@@ -442,7 +446,8 @@ def is_nano(folder):
 
 
 def load_nano_listener(cfg, device, dtype):
-    """The same for Fun-ASR-Nano; only its LLM is bf16 on a GPU, as in FunASR."""
+    """The same for Fun-ASR-Nano; only its LLM is bf16 on a GPU, as in FunASR, and what is fp32 is not TF32."""
+    torch.set_float32_matmul_precision("highest")
     if cfg["decode.ctc_weight"] > 0:
         raise ValueError("decode.ctc_weight is for models of train_phase2.py: here the CTC head has another vocabulary "
                          "than the LLM")
@@ -618,7 +623,7 @@ def begin_run(run, batch, listener, cfg, replays):
     if replays is None or len(run) > 1:
         found = listen(listener, model.upload(feats, device), lens)
     else:
-        grid = 60 if isinstance(listener.encoder, model.WhisperEncoder) else 10  # 0.6 s: to lengths that recur
+        grid = 10 if isinstance(listener.encoder, model.KaldiEncoder) else 60  # frames, 0.6 s: to lengths that recur
         feats = F.pad(feats, (0, 0, 0, -feats.shape[1] % grid))
         found = replays[0](model.upload(feats, device), model.upload(lens, device))
         found = [x if x is None else x.clone() for x in found]  # the next clip's will lie in the same place
@@ -669,7 +674,8 @@ def write(batches, listener, cfg, replays):
     repetition = cfg["decode.repetition_penalty"], cfg["decode.no_repeat_ngram_size"]
     guessing = listener.ctc is not None and cfg["decode.speculative"] and repetition == (1.0, 0)
     if guessing and is_gpu(listener.device):
-        answers = model.decode_drafted(listener.llm, batches, listener.stop_id, replays and replays[1])
+        read = replays[1] if replays else lambda embeds: model.hidden_states(listener.llm, {"inputs_embeds": embeds})
+        answers = model.decode_drafted(listener.llm, batches, listener.stop_id, None if cfg["data.batch_s"] else read)
     else:
         asked = []
         stream = model.decode_stream(

@@ -22,7 +22,6 @@ import marshal
 import math
 import os
 import re
-import threading
 import types
 import unicodedata
 from pathlib import Path
@@ -468,17 +467,14 @@ class KaldiEncoder(SpeechEncoder):
         enc, lens = self.net(torch.cat([queries, feats], dim=1), lens + 4)  # (B, 4 + T, W)
         return (enc, lens) if self.keep_query_frames else (enc[:, 4:], lens - 4)
 
-    def ctc_text(self, enc, lens):
-        """What SenseVoice's own CTC head reads: list of strings, without the LLM. blank is 0."""
-        return self.ctc_read(self.ctc_best(enc), lens)
-
     def ctc_best(self, enc):
-        """The best class of that head in each frame: (B, T)."""
+        """The best class of SenseVoice's own CTC head in each frame: (B, T); its blank is 0."""
         if self.ctc_tokenizer is None:
             raise ValueError("this encoder has no CTC head of its own with a tokenizer; only SenseVoiceSmall has")
         return self.ctc_lo(enc).argmax(-1)
 
     def ctc_read(self, best, lens):
+        """What that head reads, without the LLM: list of strings."""
         if self.keep_query_frames:  # the first four frames predict language, emotion, event and text norm
             best, lens = best[:, 4:], lens - 4
         return [self.ctc_tokenizer.decode(path).strip() for path in ctc_paths(best, lens, blank=0)]
@@ -689,7 +685,9 @@ class CTCHead(nn.Module):
         return [self.class_of[token] for token in ids if token in self.class_of]
 
     def tokens(self, classes):
-        return [int(self.token_ids[c]) for c in classes]
+        if not hasattr(self, "token_of"):  # asking a GPU for each of them would mean waiting for it each time
+            self.token_of = self.token_ids.tolist()
+        return [self.token_of[c] for c in classes]
 
     def loss(self, log_probs, lens, targets):
         """Sum over the batch of -log p(target), and how many rows were left out.
@@ -1016,11 +1014,9 @@ class Graphs:
     """A function as CUDA graphs, one for each set of shapes: the CPU then launches one thing and not thousands.
 
     Input   tensors on the GPU; the function may not look at their values (no .item(), no sizes that depend on them).
-    Output  what the function returns, in memory that the next call with these shapes writes to again.
+    Output  what the function returns, in memory that the next call writes to again.
             On a CPU the function is simply called.
     """
-
-    recording = threading.Lock()  # one thread at a time; the others go on with the GPU
 
     def __init__(self, function):
         self.function, self.graphs, self.pool = function, {}, None
@@ -1031,8 +1027,7 @@ class Graphs:
         shapes = tuple(x.shape for x in tensors)
         with torch.cuda.device(tensors[0].device):
             if shapes not in self.graphs:
-                with self.recording:
-                    self.graphs[shapes] = self.record([x.clone() for x in tensors])
+                self.graphs[shapes] = self.record([x.clone() for x in tensors])
             graph, inputs, outputs = self.graphs[shapes]
             for own, given in zip(inputs, tensors):
                 own.copy_(given)
@@ -1041,15 +1036,18 @@ class Graphs:
 
     def record(self, inputs):
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries allocate in their first call, which must not be recorded
-            for _ in range(2):
-                self.function(*inputs)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
-            outputs = self.function(*inputs)
+        side, graph, caching = torch.cuda.Stream(), torch.cuda.CUDAGraph(), torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)  # of LoRA's weights in bf16: it is gone when the graph is replayed
+        try:
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # libraries allocate in their first call, which must not be recorded
+                for _ in range(2):
+                    self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(graph, self.pool):
+                outputs = self.function(*inputs)
+        finally:
+            torch.set_autocast_cache_enabled(caching)
         return graph, inputs, outputs
 
 
@@ -1203,7 +1201,11 @@ def hidden_states(llm, spliced, shared=0):
 
     embeds = spliced["inputs_embeds"]
     if not shared:
-        return llm.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        # without a mask transformers asks the GPU whether the rows are packed; a model that has its masks by kinds of
+        # layers takes "none" for an answer (Llama has no kinds, and a sliding window needs its mask)
+        full = set(getattr(llm.config, "layer_types", None) or ()) == {"full_attention"}
+        mask = {"full_attention": None} if full else None
+        return llm.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
     cache = DynamicCache(config=llm.config)
     prefix = embeds[:1, :shared]  # of a frozen table: without gradient, though the rows have one through their speech
     prefix = prefix if llm.get_input_embeddings().weight.requires_grad else prefix.detach()

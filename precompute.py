@@ -48,13 +48,14 @@ DEFAULTS = {
     "encoder.pad_to_30s": False,  # Whisper: pad to 30 s as in its training, instead of clip length
     "adaptor.keep_query_frames": False,  # SenseVoice: keep the 4 query frames, for the published adaptor
     "cache.dir": ...,
-    "cache.shard_clips": 2048,  # clips per shard; a killed run repeats at most one shard per process
+    "cache.shard_clips": 2048,  # clips per shard; a killed run repeats at most two shards per process
     "batch_s": 240.0,  # padded seconds of audio per encoder batch
     "workers": 2,  # processes that read audio and compute features
     "seed": 0,  # of the dither, with each clip's key
     "device": "auto",  # auto, cpu, cuda
     "dtype": "auto",  # auto: bf16 on a GPU, fp32 on a CPU
 }
+MESSAGE = 32  # clips that a worker hands over at once: every message takes its time, however little is in it
 
 
 # ---- configuration (the same lines in every script; tests/test_copies.py) ---------------------------------------
@@ -222,9 +223,6 @@ def list_clips(cfg):
     return list(clips.values())
 
 
-MESSAGE = 32  # clips that a worker hands over at once: every message takes its time, however little is in it
-
-
 class Clips(torch.utils.data.Dataset):
     """clip -> (clip, features or None, seconds, reason): audio and features are made in worker processes."""
 
@@ -291,6 +289,7 @@ def encode_shard(messages, encoder, cfg, device, dtype):
             first += length
     flat = [feats for _, feats in messages if feats is not None]
     flat = torch.cat(flat) if flat else None  # (mel frames of all clips, F), on the device
+    messages.clear()  # of what is there twice now
     clips.sort(key=lambda item: (item[0], item[1]["key"]))  # neighbours of like length: little padding
     outputs, index, first = [], [], 0
     while clips:

@@ -465,8 +465,8 @@ def load_frames(utterances, cache, cfg, seed=None):
         if level:
             generator = torch.Generator().manual_seed(int(model.hash_text([seed, utterance["key"]])[:15], 16))
             noise[row, :frames] = torch.randn(frames, enc.shape[-1], generator=generator)
-    enc *= keep[..., None].to(enc.device)
-    return (enc.add_(noise.to(enc.device), alpha=level) if level else enc), lens
+    enc *= model.upload(keep[..., None], enc.device)
+    return (enc.add_(model.upload(noise, enc.device), alpha=level) if level else enc), lens
 
 
 # ---- bookkeeping of a training run (the same lines in both training scripts) ----------------------------------------
@@ -497,7 +497,7 @@ def check_gradients(norms, step, folder):
 
     Input   norms: of the steps since the last time, on the device; step: the last one.
     """
-    if norms and not bool(torch.isfinite(torch.stack(norms)).all()):
+    if not bool(torch.isfinite(torch.stack(norms)).all()):
         first = step - len(norms) + 1 + [math.isfinite(norm) for norm in norms].index(False)
         raise ValueError(f"step {first}: the gradient is not finite; {folder}/last.pt, if it is there, is from before. "
                          "Lower optim.lr, then resume with run.resume=true")

@@ -812,7 +812,7 @@ def plot_steering(parts, utterances, cfg, device, dtype, folder):
 
         steering.watch = watch
         with mixed(device, dtype):
-            encoder(feats.to(device), lens.to(device))
+            encoder(feats.to(device), lens)
         if len(clips) < 3:
             clips.append((usable[number], seen))
     steering.watch = None
@@ -901,7 +901,7 @@ def evaluate(parts, utterances, cfg, device, dtype, bad, shared=True):
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     sums, texts = torch.zeros(3, dtype=torch.float64), {}
     for batch, (feats, lens, rows) in zip(batches, read_batches(utterances, batches, parts.encoder, cfg, bad)):
-        feats, lens = feats.to(device), lens.to(device)
+        feats = feats.to(device)
         with mixed(device, dtype):
             ce, right, _ = parts(feats, lens, rows)
             answers = decode(parts, feats, lens, rows, cfg)
@@ -1069,7 +1069,7 @@ def trained_state(parts, engine):
 
 def main(cfg):
     kind = check_config(cfg)
-    device, _ = pick_device(cfg | {"dtype": "auto"})
+    device, _ = pick_device(cfg | {"dtype": "fp32"})
     rank, world = rank_and_world()
     dtype = precision(cfg)
     parts = build(cfg, kind, device, dtype)
@@ -1125,7 +1125,7 @@ def main(cfg):
         if world > 1:
             dist.all_reduce(count)
         with mixed(device, dtype):
-            ce, right, positions = wrapped(feats.to(device), lens.to(device), rows)
+            ce, right, positions = wrapped(model.upload(feats, device), lens, rows)
         loss = ce / max(1.0, float(count)) * world  # DDP averages over processes, we want the sum
         if engine is not None:
             engine.backward(loss)

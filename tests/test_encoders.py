@@ -315,7 +315,8 @@ def test_ctc_text_equals_a_greedy_search_by_hand(sensevoice_folder, no_dither, k
         merged = [label for label, _ in itertools.groupby(scores.argmax(-1).tolist())]
         expected.append(pieces.decode([label for label in merged if label != 0]).strip())
     encoder = model.load_encoder(sensevoice_folder, keep_query_frames=keep_query_frames)
-    texts = encoder.ctc_text(*run(encoder, *clips))
+    enc, lens = run(encoder, *clips)
+    texts = encoder.ctc_read(encoder.ctc_best(enc), lens)
     assert texts == expected and all(texts)
 
 
@@ -348,10 +349,30 @@ def test_nano_has_no_queries_no_cmvn_and_loads_bf16_as_fp32(nano_folder, no_dith
     torch.testing.assert_close(run(encoder, clip)[0], expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["sensevoice", "whisper", "adaptor"])
+def test_matrices_kept_in_bf16_change_no_bit_under_autocast(sensevoice_folder, whisper_folder, no_dither, kind):
+    if kind == "adaptor":
+        net = model.freeze(model.AudioAdaptor(8, 48, 32, num_layers=2, num_heads=4))
+        inputs = torch.randn(2, 9, 8), torch.tensor([9, 4])
+    else:
+        net = model.load_encoder(sensevoice_folder if kind == "sensevoice" else whisper_folder)
+        feats = [net.features(torch.randn(samples) * 0.1) for samples in (16000, 9000)]
+        inputs = torch.nn.utils.rnn.pad_sequence(feats, True), torch.tensor(list(map(len, feats)))
+    found = []
+    for stored in (False, True):
+        if stored:
+            assert model.store_bf16(net) is net
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            found.append(net(*inputs)[0])
+    assert torch.equal(*found) and found[0].float().std() > 0
+    dtypes = {p.dtype for p in net.parameters()}
+    assert dtypes == {torch.bfloat16, torch.float32} and not any(p.requires_grad for p in net.parameters())
+
+
 def test_only_sensevoice_has_a_ctc_text(nano_folder):
     encoder = model.load_encoder(nano_folder)
     with pytest.raises(ValueError, match="SenseVoiceSmall"):
-        encoder.ctc_text(*run(encoder, torch.zeros(16000)))
+        encoder.ctc_best(run(encoder, torch.zeros(16000))[0])
 
 
 def test_a_missing_encoder_tensor_stops_loading(sensevoice_folder, tmp_path):

@@ -94,7 +94,7 @@ def test_speculative_decoding_changes_no_text(world, outcome):
 @pytest.mark.parametrize("batch_s", [0, 1.5, 120])
 @pytest.mark.parametrize("options", [(), ("decode.ctc_weight=0.3",), ("decode.speculative=false",)])
 def test_a_gpus_way_gives_the_same_results(world, outcome, monkeypatch, batch_s, options):
-    """Batches fetched ahead and words aligned in threads, whole passes without a cache, one clip through Graphs."""
+    """Whole passes without a cache, two under way at a time; one clip through Graphs."""
     expected = call(infer, world.dir, world.manifest, *options) if options else outcome
     drafted, real = [], model.decode_drafted
     monkeypatch.setattr(infer, "is_gpu", lambda device: True)
@@ -105,6 +105,25 @@ def test_a_gpus_way_gives_the_same_results(world, outcome, monkeypatch, batch_s,
         words, others = ([word["word"] for s in r["segments"] for word in s.get("words", [])] for r in (result, other))
         assert words == others
     assert len(drafted) == ("decode.speculative=false" not in options)
+
+
+def test_readers_hand_over_a_few_short_clips_at_a_time(world, tmp_path, monkeypatch):
+    sizes, real = [], torch.utils.data.DataLoader
+
+    class Loader(real):
+        def __init__(self, *rest, batch_sampler, **more):
+            sizes.append([len(part) for part in batch_sampler])
+            super().__init__(*rest, batch_sampler=batch_sampler, **more)
+
+    monkeypatch.setattr(torch.utils.data, "DataLoader", Loader)
+    for seconds in (25, 9, 31, 61, 40):
+        soundfile.write(tmp_path / f"{seconds}.wav", np.zeros(16000 * seconds, np.float32), 16000)
+    for n in range(10):
+        soundfile.write(tmp_path / f"s{n}.wav", np.zeros(16000, np.float32), 16000)
+    for options in ((), ("data.batch_s=0",)):
+        got = call(infer, world.dir, tmp_path, "decode.readout=ctc", "vad.threshold_s=100", "data.max_bad=20", *options)
+        assert got["n_clips"] + got["n_bad"] == 15
+    assert sizes == [[1, 1, 2, 8, 3], [1] * 15]  # 61 | 40 | 31 25 | 9 1 1 1 1 1 1 1 | 1 1 1
 
 
 def test_features_are_fp32_under_autocast(world):
@@ -231,7 +250,8 @@ def test_sensevoice_gives_its_own_ctc_text(tmp_path_factory, sensevoice_folder, 
     encoder = model.load_encoder(sensevoice_folder)
     row = model.read_manifest(other.manifest)[0]
     feats = encoder.features(model.load_audio(row["source"], 16000), row["key"])
-    expected = encoder.ctc_text(*encoder(feats[None], torch.tensor([len(feats)])))[0]
+    enc, lens = encoder(feats[None], torch.tensor([len(feats)]))
+    expected = encoder.ctc_read(encoder.ctc_best(enc), lens)[0]
     assert got["results"][0]["encoder_ctc_text"] == expected
     assert got["encoder_ctc_error_rate"] > 0 and "ctc_error_rate" not in got
     assert got["results"][0]["segments"][0]["times"] == "segment"  # no CTC head of ours was trained

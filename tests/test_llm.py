@@ -482,6 +482,25 @@ def test_whole_passes_stop_where_the_llm_does(llm, tokenizer, no_loop_cut):
             assert list(model.decode_drafted(llm, [[clip]], stop)) == [(clip, answer, pytest.approx(score, abs=1e-3))]
 
 
+def test_rows_without_a_mask_are_read_as_with_one(llm, tokenizer, monkeypatch):
+    """Qwen3 is told that there is no mask; a Llama is not, for it knows no kinds of layers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(LlamaConfig(
+        vocab_size=450, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, initializer_range=0.2)).eval()
+    spliced = example_batch(llm, tokenizer)
+    real = spliced["attention_mask"].bool()
+    for one, told in ((llm, {"full_attention": None}), (llama, None)):
+        plain = one.model(**{k: v for k, v in spliced.items() if k != "labels"}).last_hidden_state
+        masks, forward = [], one.model.forward
+        monkeypatch.setattr(one.model, "forward", lambda masks=masks, forward=forward, **inputs: (
+            masks.append(inputs["attention_mask"]), forward(**inputs))[1])
+        torch.testing.assert_close(model.hidden_states(one, spliced)[real], plain[real], rtol=1e-4, atol=1e-4)
+        assert masks == [told]
+
+
 def test_norms_by_torchs_kernel_are_transformers_own(llm):
     fused = copy.deepcopy(llm)  # of load_llm
     plain = copy.deepcopy(llm)
@@ -516,6 +535,26 @@ def test_compiled_layers_are_compiled_once_and_cached_passes_leave_them_alone(ll
         assert found[0] == plain[0] and found[1] == pytest.approx(plain[1], abs=1e-3)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # for two layers, three lengths
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("transformed", [False, True])
+def test_torchs_own_layers_are_compiled_too(monkeypatch, transformed):
+    """A call of a module of torch.nn is never compiled, its forward is."""
+    torch.manual_seed(0)
+    plain, real = model.AudioAdaptor(8, 48, 32, num_layers=3 * transformed, num_heads=4), torch.compile
+    compiled = copy.deepcopy(plain)
+    monkeypatch.setattr(torch, "compile", lambda function, **how: real(function, backend="eager", **how))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model.compile_layers(compiled.layers(), torch.device("cuda"))
+    for length in (5, 9, 7):
+        enc, lens = torch.randn(2, length, 8), torch.tensor([length, 3])
+        torch.manual_seed(1)  # of the dropout
+        expected, _ = plain.eval()(enc, lens)
+        found, _ = compiled.eval()(enc, lens)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 1 <= graphs <= 2 if transformed else graphs == 0  # the first layer's input is a view, which counts apart
 
 
 def count_passes(llm, monkeypatch):
