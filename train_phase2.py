@@ -274,8 +274,7 @@ class EncoderCache:
         if self.identity.get("format") != 2:
             raise ValueError(f"{folder}: was made by another version of precompute.py; delete it and run that again")
         self.shards, self.bad = [], {}
-        self.numbers = {}  # key -> its place in these arrays: dicts of millions of clips would fill the memory
-        self.shard, self.first, self.frames, self.seconds = (array.array(kind) for kind in "iqid")
+        self.shard, self.first, self.frames, self.seconds, hashes = (array.array(kind) for kind in "iqidq")
         self.paths = paths = sorted(folder.glob("shard-*.json"))
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if hard != resource.RLIM_INFINITY and len(paths) + 32 > hard:
@@ -295,23 +294,31 @@ class EncoderCache:
             if frames.shape != (sum(shard["frames"]), self.width):
                 raise ValueError(f"{path.with_suffix('.npy')}: holds {frames.shape}, its index says "
                                  f"{(sum(shard['frames']), self.width)}; delete both and run precompute.py again")
-            self.numbers.update(zip(shard["key"], itertools.count(len(self.shard))))
+            hashes.extend(map(hash, shard["key"]))
             self.shard.extend(itertools.repeat(len(self.shards), len(shard["key"])))
             for name in ("first", "frames", "seconds"):
                 getattr(self, name).extend(shard[name])
             self.bad |= {row["key"]: row["reason"] for row in shard["bad"]}
             self.shards.append(frames)
+        if not self.shards or not hashes:
+            raise ValueError(f"{folder}: holds no clip; see its bad.jsonl, or run precompute.py again")
+        # keys are found by their hashes: a dict of them would take ten times the memory of all else
+        self.by_hash = np.argsort(hashes, kind="stable").astype(np.int32)
+        self.hashes = np.asarray(hashes)[self.by_hash]
+        if (self.hashes[1:] == self.hashes[:-1]).any():  # by chance once in 700,000 starts with 7 million clips
+            raise ValueError(f"{folder}: two clips have the same key; delete this cache and run precompute.py again")
 
-    def __contains__(self, key):
-        return key in self.numbers
+    def find(self, keys):
+        """Places of clips in shard, first, frames and seconds; -1 where there is none."""
+        wanted = np.fromiter(map(hash, keys), np.int64, len(keys))
+        places = np.searchsorted(self.hashes, wanted).clip(max=len(self.hashes) - 1)
+        return np.where(self.hashes[places] == wanted, self.by_hash[places], -1)
 
     def __getitem__(self, key):
-        number = self.numbers[key]
-        return self.shards[self.shard[number]][self.first[number] :][: self.frames[number]]
-
-    def length(self, key):
-        """Encoder frames and seconds of a clip."""
-        return self.frames[self.numbers[key]], self.seconds[self.numbers[key]]
+        place, = self.find([key]).tolist()
+        if place < 0:
+            raise KeyError(key)
+        return self.shards[self.shard[place]][self.first[place] :][: self.frames[place]]
 
     def batch(self, keys):
         """Encoder outputs of some clips: enc (B, T, W) fp32, zeros where padded; lens (B,)."""
@@ -340,20 +347,22 @@ def read_utterances(specs, cache, tokenizer, normalize, speeds=(1.0,), repeat=(1
         while part := list(itertools.islice(rows, 4096)):  # tokenizers are several times as fast on lists
             bar.update(len(part))
             targets = [model.normalize_text(r["target"]) if normalize else r["target"].strip() for r in part]
-            for row, target, ids in zip(part, targets, model.text_to_ids(tokenizer, targets)):
+            keys = [[row["key"] if speed == 1.0 else f"{row['key']}@{speed}"
+                     for speed in (speeds if spec in perturb else [1.0])] for row in part]
+            places = iter(cache.find(list(itertools.chain.from_iterable(keys))).tolist())
+            for row, target, ids, own in zip(part, targets, model.text_to_ids(tokenizer, targets), keys):
                 extra = {k: row[k] for k in ("language", "prompt", "hotwords") if k in row}
-                for speed in speeds if spec in perturb else [1.0]:
-                    key = row["key"] if speed == 1.0 else f"{row['key']}@{speed}"
+                for key, place in zip(own, places):
                     if key in cache.bad or not ids:
                         left_out.append((key, cache.bad.get(key, "empty transcript")))
                         continue
-                    if key not in cache:
+                    if place < 0:
                         raise ValueError(f"{row['where']}: {key} is not in the cache; run precompute.py over this "
                                          "manifest")
-                    frames, seconds = cache.length(key)
+                    utterance = {"key": key, "target": target, "ids": ids, "frames": cache.frames[place],
+                                 "seconds": cache.seconds[place]} | extra
                     for _ in range(repeat[number % len(repeat)]):
-                        utterances.append({"key": key, "target": target, "ids": ids, "frames": frames,
-                                           "seconds": seconds} | extra)
+                        utterances.append(utterance)
     bar.close()
     if left_out:
         print(f"{', '.join(specs)}: {len(left_out)} clips left out, first {left_out[0][0]}: {left_out[0][1]}")

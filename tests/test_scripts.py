@@ -213,6 +213,25 @@ def test_a_cache_of_another_version_is_refused(world, tmp_path):
              "cache.shard_clips=5")
 
 
+def test_clips_of_a_cache_are_found_by_their_keys(world, tmp_path):
+    cache = train_phase1.EncoderCache(world["cache"])
+    keys = [f"utt{number:03d}" for number in (7, 0, 11)]
+    places = cache.find([keys[0], "nobody", *keys[1:]]).tolist()
+    assert places[1] == -1 and [cache.frames[place] for place in places if place >= 0] == [len(cache[k]) for k in keys]
+    with pytest.raises(KeyError, match="nobody"):
+        cache["nobody"]
+    shutil.copytree(world["cache"], tmp_path / "cache")
+    path = tmp_path / "cache" / "shard-00002.json"
+    shard = json.loads(path.read_text())
+    path.write_text(json.dumps(shard | {"key": ["utt000", *shard["key"][1:]]}))
+    with pytest.raises(ValueError, match="two clips have the same key"):
+        train_phase1.EncoderCache(tmp_path / "cache")
+    for path in (tmp_path / "cache").glob("shard-*"):
+        path.unlink()
+    with pytest.raises(ValueError, match="holds no clip"):
+        train_phase1.EncoderCache(tmp_path / "cache")
+
+
 def test_a_truncated_cache_file_is_named(world, tmp_path):
     shutil.copytree(world["cache"], tmp_path / "cache")
     shard = tmp_path / "cache" / "shard-00001.npy"
@@ -313,7 +332,7 @@ def test_a_large_manifest_is_read_once(world, tmp_path, monkeypatch, capsys, scr
 
 def test_augmentation_leaves_the_padding_and_the_cache_alone(world):
     cache = train_phase1.EncoderCache(world["cache"])
-    clips = [{"key": f"utt{n:03d}", "frames": cache.length(f"utt{n:03d}")[0]} for n in range(12)]
+    clips = [{"key": f"utt{n:03d}", "frames": len(cache[f"utt{n:03d}"])} for n in range(12)]
     cfg = {"augment.time_masks": 2, "augment.time_mask_frames": 9, "augment.feature_noise": 0.5}
     plain, lens = train_phase1.load_frames(clips, cache, cfg)
     noisy, _ = train_phase1.load_frames(clips, cache, cfg, seed="1")
@@ -404,7 +423,8 @@ def test_bad_clips_are_named_and_never_end_the_run(world, tmp_path):
     manifest = bad_manifest(tmp_path / "bad")
     call(precompute, f"data.train={manifest}", f"cache.dir={tmp_path / 'c'}", world["encoder"], "workers=2")
     check_reasons(tmp_path / "c" / "bad.jsonl", tmp_path / "bad")
-    assert set(train_phase1.EncoderCache(tmp_path / "c").numbers) == {"8000", "22050", "44100", "48000", "stereo"}
+    cache, good = train_phase1.EncoderCache(tmp_path / "c"), ["8000", "22050", "44100", "48000", "stereo"]
+    assert sorted(cache.find(good).tolist()) == list(range(5)) and len(cache.frames) == 5
 
 
 def test_past_max_bad_the_run_stops_and_says_which(world, tmp_path):
