@@ -232,11 +232,13 @@ def plainly(function):
     def run():
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
         try:
             with torch.compiler.set_stance("force_eager"):
                 return function()
         finally:
             torch.set_float32_matmul_precision(precision)
+            torch.backends.cudnn.allow_tf32 = precision == "high"
     return run
 
 
@@ -596,7 +598,8 @@ def hear_all(world, rows, batch_size):
     """Texts of rows, by infer.py's own batches: each has as many padded seconds as batch_size clips of mean length."""
     heard = [row | {"key": f"0-{row['key']}", "speech": row["source"]} for row in rows]  # the key decides the dither
     padded_s = statistics.mean(row["frames"] for row in rows) * world.encoder.frame_ms / 1000
-    cfg = infer.DEFAULTS | {"workers": world.size["workers"], "data.batch_s": 1.001 * padded_s * batch_size}
+    cfg = infer.DEFAULTS | {"workers": world.size["workers"], "data.batch_s": 1.001 * padded_s * batch_size,
+                            "vad.threshold_s": math.inf}  # the usual way hears whole clips, too
     cfg["data.batch_s"] *= batch_size > 1  # 0: every clip alone
     bad = []
     batches = infer.read_batches(heard, world.encoder, cfg, {}, bad)
@@ -1040,6 +1043,7 @@ def main(args):
         world = make_world(args, Path(folder))
         if world.dtype == torch.bfloat16:
             torch.set_float32_matmul_precision("high")  # as the scripts do
+            torch.backends.cudnn.allow_tf32 = True
         ceiling = matmul_tflops(world.device, world.dtype)
         report = machine(world.device) | {"size": args.size, "repeats": args.repeats, "matmul_tflops": ceiling}
         print(" | ".join(f"{key} {value}" for key, value in report.items()))

@@ -398,8 +398,9 @@ def pick_device(cfg):
     names["auto"] = torch.bfloat16 if kind.startswith("cuda") else torch.float32
     if cfg["dtype"] not in names:
         raise ValueError(f"dtype: expected one of {', '.join(names)}, got {cfg['dtype']!r}")
-    if names[cfg["dtype"]] == torch.bfloat16:
-        torch.set_float32_matmul_precision("high")  # TF32, of what is fp32 beside bf16: CTC's scores
+    quick = names[cfg["dtype"]] == torch.bfloat16  # TF32 for what is fp32 beside bf16 (CTC's scores), else for nothing
+    torch.set_float32_matmul_precision("high" if quick else "highest")
+    torch.backends.cudnn.allow_tf32 = quick
     return torch.device(kind), names[cfg["dtype"]]
 
 
@@ -1429,10 +1430,13 @@ def stream(data, parts, cfg, world, rank, first_epoch, used):
 
 def train_step(wrapped, optimizer, scaler, micro, cfg, device, dtype, world, window):
     """One optimizer step over the micro-batches; adds to `window`. Output: gradient norm before clipping."""
-    counts = torch.tensor([count_labels(batch, cfg) for batch in micro], dtype=torch.float64, device=device).sum(0)
+    counts = torch.tensor([count_labels(batch, cfg) for batch in micro], dtype=torch.float64).sum(0)
     if world > 1:
+        counts = model.upload(counts, device)
         dist.all_reduce(counts)
-    totals = dict(zip(("ce", "ctc", "distill"), counts.clamp(min=1).tolist()))  # of the whole step, all processes
+    # of the whole step, all processes; what others have to say stays on the device
+    counts = counts.clamp(min=1).float().unbind() if world > 1 else counts.clamp(min=1).tolist()
+    totals = dict(zip(("ce", "ctc", "distill"), counts))
     weights = {"ce": cfg["llm_weight"], "ctc": cfg["ctc_weight"], "distill": cfg["distill_weight"]}
     for batch in micro:
         with amp(device, dtype):

@@ -217,8 +217,9 @@ def pick_device(cfg):
     names["auto"] = torch.bfloat16 if kind.startswith("cuda") else torch.float32
     if cfg["dtype"] not in names:
         raise ValueError(f"dtype: expected one of {', '.join(names)}, got {cfg['dtype']!r}")
-    if names[cfg["dtype"]] == torch.bfloat16:
-        torch.set_float32_matmul_precision("high")  # TF32, of what is fp32 beside bf16: CTC's scores
+    quick = names[cfg["dtype"]] == torch.bfloat16  # TF32 for what is fp32 beside bf16 (CTC's scores), else for nothing
+    torch.set_float32_matmul_precision("high" if quick else "highest")
+    torch.backends.cudnn.allow_tf32 = quick
     return torch.device(kind), names[cfg["dtype"]]
 
 
@@ -448,6 +449,7 @@ def is_nano(folder):
 def load_nano_listener(cfg, device, dtype):
     """The same for Fun-ASR-Nano; only its LLM is bf16 on a GPU, as in FunASR, and what is fp32 is not TF32."""
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     if cfg["decode.ctc_weight"] > 0:
         raise ValueError("decode.ctc_weight is for models of train_phase2.py: here the CTC head has another vocabulary "
                          "than the LLM")
@@ -575,8 +577,9 @@ def transcribe(batches, rows, listener, cfg):
     done, replays = [], None
     # one clip at a time leaves a GPU waiting for the CPU, unless it gets everything at once; neither Fun-ASR-Nano's
     # adaptor nor CTC-compressed speech can be recorded, since their sizes depend on values
-    if is_gpu(listener.device) and not cfg["data.batch_s"] and listener.nano is None and (
-            isinstance(listener.adaptor, model.AudioAdaptor) and listener.settings.get("llm.speech") == "frames"):
+    fixed = listener.nano is None and isinstance(listener.adaptor, model.AudioAdaptor) and (
+        listener.settings.get("llm.speech", "frames") == "frames")
+    if is_gpu(listener.device) and not cfg["data.batch_s"] and fixed:
         replays = listener.replays = listener.replays or (  # kept, for recording takes its time
             model.Graphs(functools.partial(listen, listener)),
             model.Graphs(lambda embeds: model.hidden_states(listener.llm, {"inputs_embeds": embeds})))
@@ -607,12 +610,11 @@ def hear(batches, listener, cfg, replays=None):
     """
     begun = []
     for batch in itertools.chain(batches, [[]]):
-        lengths = [len(feats) for _, _, feats, _, _ in batch]
-        runs = runs_of_like_length(lengths, ENCODER_PASS[listener.device.type])
-        ahead = [begin_run(run, batch, listener, cfg, replays) for run in runs]
-        if begun:
-            yield [clip for run in begun for clip in end_run(run, listener)]
-        begun = ahead
+        lengths, count = [len(feats) for _, _, feats, _, _ in batch], len(begun)
+        for run in runs_of_like_length(lengths, ENCODER_PASS[listener.device.type]):
+            begun.append(begin_run(run, batch, listener, cfg, replays))
+        if count:  # each run's scores can leave the memory as soon as it is read
+            yield [clip for _ in range(count) for clip in end_run(begun.pop(0), listener)]
 
 
 def begin_run(run, batch, listener, cfg, replays):

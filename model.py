@@ -40,6 +40,9 @@ from torch.nn.utils.rnn import pad_sequence
 IGNORE = -100  # label that cross-entropy skips, as in transformers
 AUDIO_MARK = "<|earshot-audio|>"  # stands for the audio while the chat template is rendered; never tokenised
 PASS_COSTS = {"cpu": 64, "cuda": 2000}  # a pass takes about as long as so many positions more (cuda: a guess)
+# cuDNN's attention plans anew for every shape, which took FunASR's trainer 1 s a step (FunASR pull request 3705), and
+# with a mask it has given NaN gradients on H100 and H200 (pytorch issue 196678); torch's own kernels do neither
+torch.backends.cuda.enable_cudnn_sdp(False)
 LFR_M, LFR_N = 7, 6  # FunASR's low frame rate: 7 frames of 10 ms stacked every 6, so 60 ms a frame
 
 
@@ -700,7 +703,7 @@ class CTCHead(nn.Module):
         if not possible:
             return log_probs.sum() * 0.0, len(targets)
         if len(possible) < len(targets):  # else no copy of the scores, which are large
-            log_probs, lens = log_probs[possible], lens[possible]
+            log_probs, lens = log_probs[upload(torch.tensor(possible), log_probs.device)], lens[possible]
         flat = upload(torch.tensor([c for i in possible for c in targets[i]]), log_probs.device)
         target_lens = [len(targets[i]) for i in possible]
         total = F.ctc_loss(log_probs.transpose(0, 1), flat, lens.tolist(), target_lens, self.blank, reduction="sum")
@@ -963,8 +966,11 @@ def load_llm(name, dtype=torch.float32, device="cpu", lora_r=0, lora_alpha=None,
     Output  (llm, tokenizer). llm.model returns hidden states, llm.lm_head scores them.
     LoRA weights stay fp32 beside bf16 frozen ones; LoRA dropout is 0, since the whole LLM stays in eval.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, masking_utils
 
+    # Llama would ask in every pass whether rows are packed (ours never are): that waits for a GPU, and a CUDA graph,
+    # which cannot wait, would take them for packed
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
     folder = find_model(name)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     llm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")

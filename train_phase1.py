@@ -202,8 +202,9 @@ def pick_device(cfg):
     names["auto"] = torch.bfloat16 if kind.startswith("cuda") else torch.float32
     if cfg["dtype"] not in names:
         raise ValueError(f"dtype: expected one of {', '.join(names)}, got {cfg['dtype']!r}")
-    if names[cfg["dtype"]] == torch.bfloat16:
-        torch.set_float32_matmul_precision("high")  # TF32, of what is fp32 beside bf16: CTC's scores
+    quick = names[cfg["dtype"]] == torch.bfloat16  # TF32 for what is fp32 beside bf16 (CTC's scores), else for nothing
+    torch.set_float32_matmul_precision("high" if quick else "highest")
+    torch.backends.cudnn.allow_tf32 = quick
     return torch.device(kind), names[cfg["dtype"]]
 
 
@@ -565,6 +566,8 @@ class ResidentCache:
     def batch(self, keys):
         """enc (B, T, W) fp32 on the device, zeros where padded; lens (B,) on the CPU."""
         numbers = torch.from_numpy(self.find(keys))
+        if (numbers < 0).any():
+            raise KeyError(keys[int(numbers.argmin())])
         lens = self.lengths[numbers].long()
         steps = torch.arange(int(lens.max()))
         places = model.upload(self.first[numbers][:, None] + steps.clamp(max=lens[:, None] - 1), self.frames.device)

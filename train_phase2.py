@@ -219,8 +219,9 @@ def pick_device(cfg):
     names["auto"] = torch.bfloat16 if kind.startswith("cuda") else torch.float32
     if cfg["dtype"] not in names:
         raise ValueError(f"dtype: expected one of {', '.join(names)}, got {cfg['dtype']!r}")
-    if names[cfg["dtype"]] == torch.bfloat16:
-        torch.set_float32_matmul_precision("high")  # TF32, of what is fp32 beside bf16: CTC's scores
+    quick = names[cfg["dtype"]] == torch.bfloat16  # TF32 for what is fp32 beside bf16 (CTC's scores), else for nothing
+    torch.set_float32_matmul_precision("high" if quick else "highest")
+    torch.backends.cudnn.allow_tf32 = quick
     return torch.device(kind), names[cfg["dtype"]]
 
 
@@ -913,9 +914,10 @@ def main(cfg):
         counts = torch.tensor([sum(len(row) + 1 for part in ids for row in part if row),
                                sum(1 for part in ids for row in part if row)], dtype=torch.float64)
         if world > 1:
-            counts = counts.to(device)
+            counts = model.upload(counts, device)
             dist.all_reduce(counts)
-        tokens, clips = counts.clamp(min=1).tolist()  # label tokens and clips of the whole step, all processes
+        # label tokens and clips of the whole step, all processes; what others have to say stays on the device
+        tokens, clips = counts.clamp(min=1).float().unbind() if world > 1 else counts.clamp(min=1).tolist()
         for (_, _, utterances, enc, lens, _), part in zip(micro, ids):
             rng = random.Random(f"{cfg['seed']}-{step}-{utterances[0]['key']}")
             with_draft = [rng.random() < cfg["llm.draft"] for _ in utterances]

@@ -239,8 +239,9 @@ def pick_device(cfg):
     names["auto"] = torch.bfloat16 if kind.startswith("cuda") else torch.float32
     if cfg["dtype"] not in names:
         raise ValueError(f"dtype: expected one of {', '.join(names)}, got {cfg['dtype']!r}")
-    if names[cfg["dtype"]] == torch.bfloat16:
-        torch.set_float32_matmul_precision("high")  # TF32, of what is fp32 beside bf16: CTC's scores
+    quick = names[cfg["dtype"]] == torch.bfloat16  # TF32 for what is fp32 beside bf16 (CTC's scores), else for nothing
+    torch.set_float32_matmul_precision("high" if quick else "highest")
+    torch.backends.cudnn.allow_tf32 = quick
     return torch.device(kind), names[cfg["dtype"]]
 
 
@@ -1121,12 +1122,14 @@ def main(cfg):
         if watched:
             steering.watch = GateUsage(*steering.vectors.shape[:2])
         labels = sum(len(row["ids"]) + 1 for row in rows if row["ids"])
-        count = torch.tensor(float(labels), dtype=torch.float64, device=device)
-        if world > 1:
+        count = max(1, labels)
+        if world > 1:  # what others have to say stays on the device
+            count = model.upload(torch.tensor(float(labels), dtype=torch.float64), device)
             dist.all_reduce(count)
+            count = count.clamp(min=1).float()
         with mixed(device, dtype):
             ce, right, positions = wrapped(model.upload(feats, device), lens, rows)
-        loss = ce / max(1.0, float(count)) * world  # DDP averages over processes, we want the sum
+        loss = ce / count * world  # DDP averages over processes, we want the sum
         if engine is not None:
             engine.backward(loss)
             engine.step()

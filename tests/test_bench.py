@@ -12,6 +12,7 @@ import make_twins
 import numpy as np
 import peft
 import pytest
+import soundfile
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -171,6 +172,14 @@ def test_with_random_weights_answers_are_as_long_as_the_transcripts(world, monke
     seconds = sum(clip["seconds"] for clip in world.test)
     assert sum(len(clip["ids"]) for clip in world.test) == pytest.approx(seconds * 15 / 4.52, rel=0.05)
     assert model.token_cap(10.0) == 128  # and it is what it was afterwards
+
+
+def test_clips_are_heard_whole(tmp_path):
+    world = tiny_world(tmp_path)  # noise, in which a VAD would find no speech
+    soundfile.write(tmp_path / "long.wav", np.random.default_rng(0).normal(0, 0.05, 16000 * 35), 16000)
+    row = world.test[0] | {"source": str(tmp_path / "long.wav"), "seconds": 35.0,
+                           "frames": world.encoder.num_frames(16000 * 35)}
+    assert len(bench.hear_all(world, [row], 1)) == 1
 
 
 @pytest.mark.parametrize("batch", [1, 64])

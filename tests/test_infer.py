@@ -585,11 +585,18 @@ def test_lora_is_back_on_after_an_error(world):
 # ---- weights ----------------------------------------------------------------------------------------------------
 
 
-def test_a_published_state_dict_loads_without_config_json(world, tmp_path, outcome):
+def test_a_published_state_dict_loads_without_config_json(world, tmp_path, monkeypatch):
     shutil.copy(world.run / "adaptor_phase2_final.pt", tmp_path / "published.pt")
     named = [f"encoder.name={world.encoder}", f"llm.name={world.llm}"]
     got = call(infer, f"adaptor.file={tmp_path / 'published.pt'}", *ADAPTOR, *named, world.wavs / "utt000.wav")
     assert got["n_clips"] == 1 and "ctc_text" not in got["results"][0]
+    with monkeypatch.context() as patch:
+        graphs, real = [], model.Graphs
+        patch.setattr(infer, "is_gpu", lambda device: True)
+        patch.setattr(model, "Graphs", lambda function: graphs.append(real(function)) or graphs[-1])
+        same = call(infer, f"adaptor.file={tmp_path / 'published.pt'}", *ADAPTOR, *named, world.wavs / "utt000.wav",
+                    "data.batch_s=0")
+        assert texts(same) == texts(got) and len(graphs) == 2
     with pytest.raises(ValueError, match="without config.json, so give encoder.name and llm.name too"):
         call(infer, f"adaptor.file={tmp_path / 'published.pt'}", world.manifest)
     with pytest.raises(ValueError, match="(?s)does not fit the configured AudioAdaptor.*input_proj.weight"):

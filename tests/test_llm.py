@@ -483,8 +483,8 @@ def test_whole_passes_stop_where_the_llm_does(llm, tokenizer, no_loop_cut):
 
 
 def test_rows_without_a_mask_are_read_as_with_one(llm, tokenizer, monkeypatch):
-    """Qwen3 is told that there is no mask; a Llama is not, for it knows no kinds of layers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """Qwen3 is told that there is no mask; a Llama is not, for it knows no kinds of layers. None reaches attention."""
+    from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
 
     torch.manual_seed(0)
     llama = LlamaForCausalLM(LlamaConfig(
@@ -499,6 +499,13 @@ def test_rows_without_a_mask_are_read_as_with_one(llm, tokenizer, monkeypatch):
             masks.append(inputs["attention_mask"]), forward(**inputs))[1])
         torch.testing.assert_close(model.hidden_states(one, spliced)[real], plain[real], rtol=1e-4, atol=1e-4)
         assert masks == [told]
+        attended, attend = [], F.scaled_dot_product_attention
+        with monkeypatch.context() as patch:
+            patch.setattr(masking_utils, "is_tracing", lambda *_: True)  # as while a CUDA graph is recorded
+            patch.setattr(F, "scaled_dot_product_attention", lambda *rest, attn_mask=None, attended=attended,
+                          attend=attend, **more: attended.append(attn_mask) or attend(*rest, attn_mask, **more))
+            torch.testing.assert_close(model.hidden_states(one, spliced)[real], plain[real], rtol=1e-4, atol=1e-4)
+        assert attended == [None, None]  # of two layers
 
 
 def test_norms_by_torchs_kernel_are_transformers_own(llm):

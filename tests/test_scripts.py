@@ -263,6 +263,8 @@ def test_a_resident_cache_gives_the_same_batches(world):
     assert torch.equal(ours, enc) and torch.equal(our_lens, lens) and enc.dtype == torch.float32
     for key, row, length in zip(keys, enc, lens):
         assert np.array_equal(row[:length].numpy(), cache[key].astype(np.float32)) and not row[length:].any()
+    with pytest.raises(KeyError, match="nobody"):
+        resident.batch([keys[0], "nobody"])
 
 
 @pytest.mark.parametrize("script", [train_phase1, train_phase2], ids=["phase1", "phase2"])
