@@ -1,6 +1,7 @@
 """Speed: every stage against the way it is usually done, on the same work in the same run, outputs shown to be equal.
 
-    python bench.py                             # = make bench: the demo's models and speech, after make demo
+    python bench.py                             # the demo's models and speech, after make demo; `make bench` also keeps
+                                                # glibc from giving memory back after every call
     python bench.py --size tiny                 # random weights, seconds: checks that every row works
     python bench.py --size full --device cuda   # SenseVoice-Small + 207.7 M adaptor + Qwen3-4B: shapes, random weights;
                                                 # --repeats 3 --baseline-repeats 0 for a GPU that is lent by the minute
@@ -18,7 +19,8 @@ Output  a table, and bench.json, written after every row: machine, environment, 
                         (staged: of equal tokens; worst: by how much a different one scores less); usual_share of the
                         clips, by seconds, that the usual way takes (its time is divided by that)
         on CUDA         minutes_aishell of the two phases, of their training steps alone (no validation), beside
-                        minutes_original, and of precompute (178 h, in shards of 2048 clips, timed once)
+                        minutes_original, and of precompute (178 h: scaled from `times` copies of the clips, in shards
+                        of 2048, timed once)
         --scale: `scale`, rows of points (size, seconds, MiB), time's exponent, its bound (BOUNDS), whether it holds.
 Fair    Baseline and ours run in turns in one process with the same number of threads, after one untimed run each (with
         --baseline-repeats 0 that run of the baseline counts). Both begin at the same audio files (steps of phase 1 and
@@ -29,10 +31,11 @@ Fair    Baseline and ours run in turns in one process with the same number of th
 Usual   one clip at a time, Whisper padded to 30 s (with a mask, or the outputs could not be compared), a forward hook,
         one .pt file a clip; random batches padded to their longest clip; fp32 without TF32; the LLM's weights left
         trainable, logits at all positions; transformers' `generate` on one clip at a time (in bf16 on a GPU).
-Limits  Random weights hardly ever end an answer, so both ways end it after as many tokens as the transcript has. On a
-        GPU ours then stages answers and CTC's drafts (Staged): passes are as many as with drafts that have every 20th
-        token wrong; `equal` compares what the LLM would have written with a plain pass over the clip alone. The usual
-        way of phase2_step has smaller batches there; both have its fp32 copy of the LLM in memory.
+Limits  The encoder's row has SenseVoice's shape and random weights in every size. Random weights hardly ever end an
+        answer, so both ways end it after as many tokens as the transcript has. On a GPU ours then stages answers and
+        CTC's drafts (Staged): passes are as many as with drafts that have every 20th token wrong; `equal` compares what
+        the LLM would have written with a plain pass over the clip alone. The usual way of phase2_step has smaller
+        batches there; both have its fp32 copy of the LLM in memory.
 """
 
 import argparse
@@ -156,7 +159,8 @@ def random_world(args, size, device, dtype, folder):
         adaptor = model.AudioAdaptor(encoder.width, table.shape[1], *shape, dropout=0.0,
                                      embedding_rms=model.embedding_rms(table))
     if dtype == torch.bfloat16:
-        model.store_bf16(encoder), model.store_bf16(adaptor)
+        model.store_bf16(encoder)
+        model.store_bf16(adaptor)
     settings = size["adaptor"] | {"adaptor.stack": 1, "adaptor.pre_norm": False, "llm.speech": "frames",
                                   "llm.prompt": "11 12 13 14 15 16 17 18 19 20", "llm.system": None}
     rng, rows = random.Random(0), []
@@ -198,7 +202,7 @@ def demo_world(args, size, device, dtype):
 
 
 def make_world(args, folder):
-    """Everything that stages share: listener, training and test clips with their lengths, fp32 copy of the LLM."""
+    """Everything that stages share: listener, training and test clips with their lengths."""
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch sees no GPU here")
@@ -253,8 +257,9 @@ def stage(usual, ours, equal, audio_s, what, more=None, **extra):
     """A row to be measured: two functions without arguments, and one that compares what they returned.
 
     more    other ways to be timed, by name. extra: usual_share (of the clips that the usual way takes), many and
-            many_s (ours over many clips, and their seconds of audio), identical (share of equal texts), apart (by how
-            much losses or gradients differ, relative).
+            many_s (ours over many clips, and their seconds of audio), warm (what is not to be timed of the usual way),
+            identical (share of equal texts), worst (by how much another token scores less at most), apart (by how much
+            losses or gradients differ, relative).
     """
     return SimpleNamespace(usual=usual, ours=ours, equal=equal, audio_s=audio_s, what=what, more=more or {}, **extra)
 
@@ -745,12 +750,10 @@ def peak_of(function, device):
         if hasattr(libc, "malloc_trim"):  # glibc, which keeps what was freed: it would count as this call's
             libc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    started = time.perf_counter()
-    result = function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
-    return result, torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else process_peak_mb(), seconds
+    results = []
+    seconds = timed(lambda: results.append(function()), device)
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else process_peak_mb()
+    return results[0], peak, seconds
 
 
 def timed(function, device):
@@ -769,23 +772,6 @@ def matmul_tflops(device, dtype):
     return times * 2 * size**3 / min(timed(lambda: [a @ a for _ in range(times)], device) for _ in range(10)) / 1e12
 
 
-class AtOnce:
-    """In place of a ThreadPoolExecutor."""
-
-    def __init__(self, workers):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def submit(self, function, *arguments):
-        result = function(*arguments)
-        return SimpleNamespace(result=lambda: result)
-
-
 def count_flops(function):
     """Operations of one call's matrix products and convolutions, forward and backward.
 
@@ -800,9 +786,10 @@ def count_flops(function):
         known |= {getattr(torch.ops.aten, kernel): attention(2, 0),
                   getattr(torch.ops.aten, f"{kernel}_backward"): attention(5, 1)}
     # what runs in a thread, a graph or a compiled function, the counter would not see
+    at_once = SimpleNamespace(submit=lambda *call: SimpleNamespace(result=functools.partial(*call)))
     with torch.compiler.set_stance("force_eager"), mock.patch.object(
             model.Graphs, "__call__", lambda self, *tensors: self.function(*tensors)), mock.patch.object(
-                precompute, "ThreadPoolExecutor", AtOnce), FlopCounterMode(
+                precompute, "ThreadPoolExecutor", lambda _: contextlib.nullcontext(at_once)), FlopCounterMode(
                     display=False, custom_mapping=known) as counter:
         function()
     return counter.get_total_flops()
@@ -1067,12 +1054,12 @@ def main(args):
 
 def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="demo")
+    parser.add_argument("--size", choices=SIZES, default="demo", help="of models and data, see above")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--stages", type=lambda text: text.split(","), help="separated by commas; all but one of the "
-                        "two larger batches of inference")
+    parser.add_argument("--stages", type=lambda text: text.split(","), help=f"separated by commas, of "
+                        f"{', '.join(BUILD)}; by default all but infer_batch64 (--size full: infer_batch32)")
     parser.add_argument("--compile", action="store_true", help="time our encoder under torch.compile, too")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="times that each way is timed")
     parser.add_argument("--baseline-repeats", type=int, help="the same for the usual way; 0: its untimed run counts")
     parser.add_argument("--model", default="demo/run/phase2", help="folder of train_phase2.py, for --size demo")
     parser.add_argument("--data", default="demo/data", help="folder of demo_data.py's manifests, for --size demo")

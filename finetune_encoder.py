@@ -380,7 +380,7 @@ def run_main(main, defaults, doc):
 
 
 def pick_device(cfg):
-    """Device and dtype of the frozen weights; under torchrun also joins the process group."""
+    """Device, dtype of the frozen weights; sets TF32 for the whole process; under torchrun joins the process group."""
     kind = cfg["device"]
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -398,7 +398,7 @@ def pick_device(cfg):
     names["auto"] = torch.bfloat16 if kind.startswith("cuda") else torch.float32
     if cfg["dtype"] not in names:
         raise ValueError(f"dtype: expected one of {', '.join(names)}, got {cfg['dtype']!r}")
-    quick = names[cfg["dtype"]] == torch.bfloat16  # TF32 for what is fp32 beside bf16 (CTC's scores), else for nothing
+    quick = names[cfg["dtype"]] == torch.bfloat16  # TF32 for what is fp32 beside bf16: CTC's scores, InfoNCE's cosines
     torch.set_float32_matmul_precision("high" if quick else "highest")
     torch.backends.cudnn.allow_tf32 = quick
     return torch.device(kind), names[cfg["dtype"]]
@@ -1434,9 +1434,8 @@ def train_step(wrapped, optimizer, scaler, micro, cfg, device, dtype, world, win
     if world > 1:
         counts = model.upload(counts, device)
         dist.all_reduce(counts)
-    # of the whole step, all processes; what others have to say stays on the device
-    counts = counts.clamp(min=1).float().unbind() if world > 1 else counts.clamp(min=1).tolist()
-    totals = dict(zip(("ce", "ctc", "distill"), counts))
+    # of the whole step, all processes; tensors, so that nobody waits for what others count
+    totals = dict(zip(("ce", "ctc", "distill"), counts.clamp(min=1).float().unbind()))
     weights = {"ce": cfg["llm_weight"], "ctc": cfg["ctc_weight"], "distill": cfg["distill_weight"]}
     for batch in micro:
         with amp(device, dtype):

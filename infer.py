@@ -80,7 +80,7 @@ DEFAULTS = {
     "decode.max_new_tokens": 0,  # per segment; 0: by its duration
     "decode.repetition_penalty": 1.0,
     "decode.no_repeat_ngram_size": 0,
-    "decode.speculative": True,  # the LLM checks the CTC 1-best in one pass and goes on from there: same text, sooner
+    "decode.speculative": True,  # the LLM checks the CTC 1-best in one pass: in fp32 the same text, sooner
     "decode.ctc_weight": 0.0,  # > 0: choose among the LLM's answer and the CTC beam by w log p_CTC + (1-w) log p_LLM
     "decode.beam": 8,  # of that CTC beam
     "translate": "",  # e.g. English: the same LLM, without LoRA, translates each segment's transcript
@@ -102,7 +102,8 @@ AUDIO = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".sph
 ENDINGS = (".txt", ".jsonl", ".srt", ".html", ".json")
 CUE_S, CUE_CHARS, LINE_CHARS = 7.0, 84, 42  # subtitles: two lines of 42 characters, at most 7 s (usual guidelines)
 UNKNOWN_LOG_PROB = -10.0  # a guess: about what CTC gives to a token of which it hears nothing
-ENCODER_PASS = {"cpu": 64, "cuda": 12000}  # a pass of the encoder takes as long as so many frames more
+ENCODER_PASS = {"cpu": 64, "cuda": 12000}  # a pass costs as much as so many feature frames more (guesses)
+CPU_CLASSES = 2**14  # CTC scores of fewer classes go to the CPU at once
 UNFINISHED = 16  # clips that the LLM is still writing when the next batch is read
 HOLD_S = 0.5  # a cue stays this much longer: CTC marks where a word is recognised, often before it is over
 EDITS = ("substitutions", "deletions", "insertions")
@@ -199,7 +200,7 @@ def run_main(main, defaults, doc):
 
 
 def pick_device(cfg):
-    """Device and dtype of the frozen weights; under torchrun also joins the process group."""
+    """Device, dtype of the frozen weights; sets TF32 for the whole process; under torchrun joins the process group."""
     kind = cfg["device"]
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -217,7 +218,7 @@ def pick_device(cfg):
     names["auto"] = torch.bfloat16 if kind.startswith("cuda") else torch.float32
     if cfg["dtype"] not in names:
         raise ValueError(f"dtype: expected one of {', '.join(names)}, got {cfg['dtype']!r}")
-    quick = names[cfg["dtype"]] == torch.bfloat16  # TF32 for what is fp32 beside bf16 (CTC's scores), else for nothing
+    quick = names[cfg["dtype"]] == torch.bfloat16  # TF32 for what is fp32 beside bf16: CTC's scores, InfoNCE's cosines
     torch.set_float32_matmul_precision("high" if quick else "highest")
     torch.backends.cudnn.allow_tf32 = quick
     return torch.device(kind), names[cfg["dtype"]]
@@ -387,9 +388,12 @@ def read_batches(rows, encoder, cfg, clips, bad):
     """
     lengths = [header_seconds(row["speech"]) for row in rows]
     order, messages = sorted(range(len(rows)), key=lambda i: (-lengths[i], i)), []
-    for index in order:  # each message from a worker takes its time, however little is in it
-        small = messages and len(messages[-1]) < 8 and sum(lengths[i] for i in messages[-1]) + lengths[index] < 60
-        messages[-1:] = [[*messages[-1], index]] if small and cfg["data.batch_s"] else [*messages[-1:], [index]]
+    for index in order:  # a message from a worker takes its time, however little is in it: up to 8 clips or 60 s
+        last = messages[-1] if messages and cfg["data.batch_s"] else []
+        if last and len(last) < 8 and sum(lengths[i] for i in [*last, index]) < 60:
+            last.append(index)
+        else:
+            messages.append([index])
     loader = torch.utils.data.DataLoader(
         Recordings(rows, encoder, cfg["vad.threshold_s"]), batch_sampler=messages, collate_fn=list,
         num_workers=cfg["workers"], multiprocessing_context="fork" if cfg["workers"] else None,
@@ -535,6 +539,7 @@ def read_draft(cfg, trained_share):
 
 
 def is_gpu(device):
+    """On its own, so that tests and bench.py can take a GPU's way on a CPU."""
     return device.type == "cuda"
 
 
@@ -574,21 +579,21 @@ def transcribe(batches, rows, listener, cfg):
 
     A segment has start, end, text, times, words, and the CTC read-outs.
     """
-    done, replays = [], None
+    done = []
     # one clip at a time leaves a GPU waiting for the CPU, unless it gets everything at once; neither Fun-ASR-Nano's
     # adaptor nor CTC-compressed speech can be recorded, since their sizes depend on values
     fixed = listener.nano is None and isinstance(listener.adaptor, model.AudioAdaptor) and (
         listener.settings.get("llm.speech", "frames") == "frames")
-    if is_gpu(listener.device) and not cfg["data.batch_s"] and fixed:
-        replays = listener.replays = listener.replays or (  # kept, for recording takes its time
+    if is_gpu(listener.device) and not cfg["data.batch_s"] and fixed and listener.replays is None:
+        listener.replays = (  # kept, for recording takes its time
             model.Graphs(functools.partial(listen, listener)),
-            model.Graphs(lambda embeds: model.hidden_states(listener.llm, {"inputs_embeds": embeds})))
+            model.Graphs(lambda embeds: model.hidden_states(listener.llm, embeds)))
     with autocast(listener.device, listener.dtype):
-        heard = hear(batches, listener, cfg, replays)
+        heard = hear(batches, listener, cfg)
         if cfg["decode.readout"] == "ctc":
             written = ((clip, clip.draft) for clips in heard for clip in clips)
         else:
-            written = write(ask(heard, rows, listener, cfg), listener, cfg, replays)
+            written = write(ask(heard, rows, listener, cfg), listener, cfg)
         for clip, text in written:
             done.append((clip.index, clip.number, make_segment(clip, text, listener, cfg)))
     return done
@@ -600,11 +605,12 @@ def runs_of_like_length(lengths, pass_cost):
     return [order[first:end] for first, end in model.cut_runs([lengths[i] for i in order], pass_cost)]
 
 
-def hear(batches, listener, cfg, replays=None):
+def hear(batches, listener, cfg):
     """Encoder, adaptor and CTC: batches of read_batches -> lists of what was heard, longest first.
 
-    Each is a namespace: index, number, start, end, speech (K, D) or None, log_probs (S, V + 1), path and its text
-    `draft` (None without a CTC head), encoder_text (SenseVoice's own CTC, or None).
+    Each is a namespace: index, number, start, end, speech (K, D) on the device or None, log_probs (S, V + 1) on the CPU
+    (from CPU_CLASSES on, on the device), path and its text `draft` (None without a CTC head), encoder_text (what
+    SenseVoice's own CTC reads, or None).
     A batch is begun before the one before it is given out: a GPU then has something to do while that one is written,
     and nobody waits for it here.
     """
@@ -612,22 +618,24 @@ def hear(batches, listener, cfg, replays=None):
     for batch in itertools.chain(batches, [[]]):
         lengths, count = [len(feats) for _, _, feats, _, _ in batch], len(begun)
         for run in runs_of_like_length(lengths, ENCODER_PASS[listener.device.type]):
-            begun.append(begin_run(run, batch, listener, cfg, replays))
+            begun.append(begin_run(run, batch, listener, cfg))
         if count:  # each run's scores can leave the memory as soon as it is read
             yield [clip for _ in range(count) for clip in end_run(begun.pop(0), listener)]
 
 
-def begin_run(run, batch, listener, cfg, replays):
-    """Start encoder, adaptor and CTC for some pieces of a batch, by their indices; results that the CPU needs follow
-    by themselves."""
+def begin_run(run, batch, listener, cfg):
+    """Start encoder, adaptor and CTC for the pieces batch[n], n in run.
+
+    Output: a namespace for end_run; what the CPU needs of the results is on its way there.
+    """
     device, features = listener.device, [batch[n][2] for n in run]
     feats, lens = pad_sequence(features, batch_first=True), torch.tensor(list(map(len, features)))  # (B, T, F)
-    if replays is None or len(run) > 1:
+    if cfg["data.batch_s"] or listener.replays is None:
         found = listen(listener, model.upload(feats, device), lens)
     else:
         grid = 10 if isinstance(listener.encoder, model.KaldiEncoder) else 60  # frames, 0.6 s: to lengths that recur
         feats = F.pad(feats, (0, 0, 0, -feats.shape[1] % grid))
-        found = replays[0](model.upload(feats, device), model.upload(lens, device))
+        found = listener.replays[0](model.upload(feats, device), model.upload(lens, device))
         found = [x if x is None else x.clone() for x in found]  # the next clip's will lie in the same place
     enc, enc_lens, speech, speech_lens, log_probs, emb_lens = found
     begun = SimpleNamespace(pieces=[batch[n] for n in run], speech=speech, log_probs=None, best=None, own_best=None)
@@ -635,7 +643,7 @@ def begin_run(run, batch, listener, cfg, replays):
     if listener.ctc is not None:
         begun.best = model.download(log_probs.argmax(-1))
         # to be aligned on the CPU, without waiting for the LLM; Fun-ASR-Nano's 60,000 classes are too many for that
-        begun.log_probs = model.download(log_probs) if log_probs.shape[-1] < 2**14 else lambda: log_probs
+        begun.log_probs = model.download(log_probs) if log_probs.shape[-1] < CPU_CLASSES else lambda: log_probs
     if cfg["ctc"] and getattr(listener.encoder, "ctc_tokenizer", None) is not None:
         begun.own_best = model.download(listener.encoder.ctc_best(enc))
     return begun
@@ -670,19 +678,19 @@ def ask(batches, rows, listener, cfg):
         del clips, clip  # what is finished can leave the memory before more is heard
 
 
-def write(batches, listener, cfg, replays):
+def write(batches, listener, cfg):
     """Batches of ask -> (clip, text) as the LLM finishes them. Clips that are not done go on with the next batch."""
     few = UNFINISHED if cfg["data.batch_s"] else 0
     repetition = cfg["decode.repetition_penalty"], cfg["decode.no_repeat_ngram_size"]
     guessing = listener.ctc is not None and cfg["decode.speculative"] and repetition == (1.0, 0)
     if guessing and is_gpu(listener.device):
-        read = replays[1] if replays else lambda embeds: model.hidden_states(listener.llm, {"inputs_embeds": embeds})
+        read = listener.replays[1] if listener.replays else functools.partial(model.hidden_states, listener.llm)
         answers = model.decode_drafted(listener.llm, batches, listener.stop_id, None if cfg["data.batch_s"] else read)
     else:
-        asked = []
+        asked = {}  # number of decode_stream -> clip, until it is finished
         stream = model.decode_stream(
             listener.llm, spliced(batches, listener, asked), listener.stop_id, *repetition, few)
-        answers = ((asked[place], ids, score) for place, ids, score in stream)
+        answers = ((asked.pop(number), ids, score) for number, ids, score in stream)
     for clip, answer, _ in answers:
         if cfg["decode.ctc_weight"] > 0 and listener.ctc is not None:
             answer = choose(answer, clip.log_probs, clip.prompt, clip.speech, listener, cfg)
@@ -690,20 +698,21 @@ def write(batches, listener, cfg, replays):
 
 
 def spliced(batches, listener, asked):
-    """Batches of ask -> those of model.decode_stream, whose clips are appended to `asked` in their order."""
-    embed = listener.llm.get_input_embeddings()
+    """Batches of ask -> those of model.decode_stream; `asked` gets each clip under its number there."""
+    embed, numbers = listener.llm.get_input_embeddings(), itertools.count()
     for clips in batches:
         shared = model.shared_prefix([clip.prompt for clip in clips])
         prefix = known_prefix(listener, clips[0].prompt[0][:shared])
         lengths = [sum(map(len, (*clip.prompt, clip.speech, clip.guess or ()))) - shared for clip in clips]
         for run in runs_of_like_length(lengths, model.PASS_COSTS[listener.device.type]):
             part = [clips[n] for n in run]
-            asked += part
+            asked.update((next(numbers), clip) for clip in part)
             prompts, speeches = [clip.prompt for clip in part], [clip.speech for clip in part]
             yield (
                 model.splice(embed, prompts, pad_sequence(speeches, True), torch.tensor(list(map(len, speeches))),
                              pad_left=True, shared=shared),
                 [clip.cap for clip in part], [clip.guess for clip in part], prefix)
+        del clips, part, speeches  # what is finished can leave the memory before more is heard
 
 
 def make_segment(clip, text, listener, cfg):

@@ -42,7 +42,7 @@ AUDIO_MARK = "<|earshot-audio|>"  # stands for the audio while the chat template
 PASS_COSTS = {"cpu": 64, "cuda": 2000}  # a pass takes about as long as so many positions more (cuda: a guess)
 # cuDNN's attention plans anew for every shape, which took FunASR's trainer 1 s a step (FunASR pull request 3705), and
 # with a mask it has given NaN gradients on H100 and H200 (pytorch issue 196678); torch's own kernels do neither
-torch.backends.cuda.enable_cudnn_sdp(False)
+torch.backends.cuda.enable_cudnn_sdp(False)  # on import, for all who attend; copy it with what you copy
 LFR_M, LFR_N = 7, 6  # FunASR's low frame rate: 7 frames of 10 ms stacked every 6, so 60 ms a frame
 
 
@@ -54,7 +54,7 @@ def upload(x, device):
 
 
 def download(x):
-    """A tensor to the CPU: on its way from a GPU at once, behind what that has to do; call the result to have it."""
+    """Start a copy to the CPU, behind what a GPU still has to do. Output: a function that waits for it and gives it."""
     if not x.is_cuda:
         return lambda: x
     there, arrived = x.to("cpu", non_blocking=True), torch.cuda.Event()
@@ -471,13 +471,16 @@ class KaldiEncoder(SpeechEncoder):
         return (enc, lens) if self.keep_query_frames else (enc[:, 4:], lens - 4)
 
     def ctc_best(self, enc):
-        """The best class of SenseVoice's own CTC head in each frame: (B, T); its blank is 0."""
+        """The best class of SenseVoice's own CTC head in each frame: enc (B, T, W) -> (B, T) int64; its blank is 0.
+
+        Raises ValueError where the encoder has no such head, or no tokenizer for it.
+        """
         if self.ctc_tokenizer is None:
             raise ValueError("this encoder has no CTC head of its own with a tokenizer; only SenseVoiceSmall has")
         return self.ctc_lo(enc).argmax(-1)
 
     def ctc_read(self, best, lens):
-        """What that head reads, without the LLM: list of strings."""
+        """What that head reads: best (B, T) of ctc_best, lens (B,) of the encoder, on the CPU -> list of B strings."""
         if self.keep_query_frames:  # the first four frames predict language, emotion, event and text norm
             best, lens = best[:, 4:], lens - 4
         return [self.ctc_tokenizer.decode(path).strip() for path in ctc_paths(best, lens, blank=0)]
@@ -966,11 +969,8 @@ def load_llm(name, dtype=torch.float32, device="cpu", lora_r=0, lora_alpha=None,
     Output  (llm, tokenizer). llm.model returns hidden states, llm.lm_head scores them.
     LoRA weights stay fp32 beside bf16 frozen ones; LoRA dropout is 0, since the whole LLM stays in eval.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, masking_utils
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # Llama would ask in every pass whether rows are packed (ours never are): that waits for a GPU, and a CUDA graph,
-    # which cannot wait, would take them for packed
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
     folder = find_model(name)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     llm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
@@ -1005,7 +1005,7 @@ def compile_layers(layers, device):
     """torch.compile of layers that are all alike, in place: they share one compilation, for every batch and length.
 
     On a GPU only, where it joins what stands between the matrix products into few kernels (on a CPU it gained nothing).
-    What cannot be compiled runs as it is, with a warning.
+    What cannot be compiled runs as it is, with a warning; that setting is the whole process's.
     """
     if device.type == "cuda":
         torch._dynamo.config.suppress_errors = True
@@ -1020,7 +1020,8 @@ class Graphs:
     """A function as CUDA graphs, one for each set of shapes: the CPU then launches one thing and not thousands.
 
     Input   tensors on the GPU; the function may not look at their values (no .item(), no sizes that depend on them).
-    Output  what the function returns, in memory that the next call writes to again.
+    Output  what the function returns, in memory that the next call writes to again. Every set of shapes keeps memory of
+            its own, so lengths should recur; autocast should be the same in all calls.
             On a CPU the function is simply called.
     """
 
@@ -1152,7 +1153,7 @@ def splice(embed, prompts, emb, emb_lens, targets=None, pad_left=False, shared=0
 
     Input   embed: the LLM's input embedding module; prompts: list of (before, after) id lists; emb (B, S, D) with
             emb_lens (B,); targets: list of id lists that end with the end-of-turn token, or None to generate.
-            pad_left: the padding stands behind the first `shared` positions, for greedy_decode.
+            pad_left: the padding stands behind the first `shared` positions (of the prompt), for greedy_decode.
     Output  dict inputs_embeds (B, L, D), attention_mask (B, L), position_ids (B, L), labels (B, L) int64; the labels
             on the CPU, so that nobody has to ask a GPU where they are.
     """
@@ -1196,22 +1197,20 @@ def shared_prefix(prompts):
     return next((n for n in range(count) if any(before[n] != first[n] for before in rest)), count)
 
 
-def hidden_states(llm, spliced, shared=0):
-    """Last hidden states of right-padded rows, from position `shared` on: (B, L - shared, D).
+def hidden_states(llm, embeds, shared=0):
+    """Last hidden states of right-padded rows embeds (B, L, D), from position `shared` on: (B, L - shared, D).
 
     A causal LLM does not look to the right, so such rows need no mask (and attention takes its fastest kernel).
     The first `shared` positions, the same in all rows, run once: their keys and values serve every row. Values and
     gradients are those of the plain pass (tested).
     """
-    from transformers import DynamicCache
+    from transformers import DynamicCache, masking_utils
 
-    embeds = spliced["inputs_embeds"]
     if not shared:
-        # without a mask transformers asks the GPU whether the rows are packed; a model that has its masks by kinds of
-        # layers takes "none" for an answer (Llama has no kinds, and a sliding window needs its mask)
-        full = set(getattr(llm.config, "layer_types", None) or ()) == {"full_attention"}
-        mask = {"full_attention": None} if full else None
-        return llm.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
+        # without a mask transformers asks in every pass whether rows are packed (ours never are): that waits for a GPU,
+        # and a CUDA graph, which cannot wait, would take them for packed
+        masking_utils.find_packed_sequence_indices = lambda position_ids: None
+        return llm.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
     cache = DynamicCache(config=llm.config)
     prefix = embeds[:1, :shared]  # of a frozen table: without gradient, though the rows have one through their speech
     prefix = prefix if llm.get_input_embeddings().weight.requires_grad else prefix.detach()
@@ -1223,6 +1222,7 @@ def hidden_states(llm, spliced, shared=0):
 def cached_pass(llm, cache, **inputs):
     """Last hidden states (B, L, D) of what comes behind the positions in `cache`, which takes it up.
 
+    Input   input_ids (B, L) or inputs_embeds (B, L, D); optional attention_mask (B, cached + L), position_ids (B, L).
     Layers that were compiled run as they are: each would be compiled anew for its own part of the cache.
     """
     with torch.compiler.set_stance("force_eager"):
@@ -1237,16 +1237,17 @@ def cache_argument(kind):
 
 
 def transcript_loss(llm, spliced, shared=0, label_smoothing=0.0):
-    """Cross-entropy of the labels through the LLM, logits on label positions only; `shared` as in hidden_states.
+    """Cross-entropy of the labels through the LLM, logits on label positions only.
 
-    Output  (sum of CE in nats, number of label tokens, number of them predicted right); sums on the device.
+    Input   spliced: of `splice`; shared: as in hidden_states, on a CPU (a GPU reads whole rows).
+    Output  (sum of CE in nats, on the device; number of label tokens; number of them predicted right, on the device).
     """
     device = spliced["inputs_embeds"].device
     shared = 0 if device.type == "cuda" else shared  # an H200 is faster on whole rows, compiled (README, Speed)
     labels = spliced["labels"][:, shared + 1 :]
     row, column = (labels != IGNORE).nonzero(as_tuple=True)  # position l predicts token l + 1
     target = upload(labels[row, column], device)
-    hidden = hidden_states(llm, spliced, shared)
+    hidden = hidden_states(llm, spliced["inputs_embeds"], shared)
     places = upload(row * hidden.shape[1] + column, device)
     logits = llm.lm_head(hidden.flatten(0, 1).index_select(0, places)).float()  # (label tokens, V)
     loss = F.cross_entropy(logits, target, reduction="sum", label_smoothing=label_smoothing)
@@ -1445,7 +1446,7 @@ def decode_drafted(llm, batches, stop_id, alone=None):
                          torch.tensor(list(map(len, speech))), [row.answer + row.guess for row in rows])
         embeds = spliced["inputs_embeds"]
         if alone is None:
-            hidden = hidden_states(llm, spliced)
+            hidden = hidden_states(llm, embeds)
         else:
             embeds = F.pad(embeds, (0, 0, 0, -embeds.shape[1] % 32))  # to lengths that come again
             hidden = alone(embeds)
@@ -1472,15 +1473,17 @@ def decode_drafted(llm, batches, stop_id, alone=None):
                 yield row.clip, row.answer, row.score
 
     for batch in itertools.chain(batches, [[]]):  # at the end, what is left
-        waiting += [SimpleNamespace(clip=clip, answer=[], score=0.0, cap=clip.cap, guess=clip.guess) for clip in batch]
-        budget = max([budget, *(size(row) * len(batch) for row in waiting[len(waiting) - len(batch) :])])
+        new = [SimpleNamespace(clip=clip, answer=[], score=0.0, cap=clip.cap, guess=clip.guess) for clip in batch]
+        budget = max(budget, len(new) * max(map(size, new), default=0))  # positions of a pass: as the largest batch has
+        waiting += new
         at_once = alone is not None or not batch
+        del batch, new  # what is finished can leave the memory before more is heard
         while True:
             waiting.sort(key=size, reverse=True)
             if len(flying) < 2 and waiting and (at_once or size(waiting[0]) * len(waiting) >= budget):
                 count = max(1, budget // size(waiting[0]))
-                rows, waiting[:] = waiting[:count], waiting[count:]
-                flying.append(begin(rows))
+                flying.append(begin(waiting[:count]))
+                del waiting[:count]
             elif len(flying) == 2 or flying and at_once:
                 yield from end(*flying.popleft())
             else:
@@ -1554,7 +1557,7 @@ def answer_log_probs(llm, prompt, speech, answers, stop_id):
     shared = len(prompt[0]) + len(speech) + len(prompt[1]) - 1  # all but the last token before the answer
     labels = spliced["labels"][:, shared + 1 :]
     row, column = (labels != IGNORE).nonzero(as_tuple=True)
-    hidden = hidden_states(llm, spliced, shared)[row, column]
+    hidden = hidden_states(llm, spliced["inputs_embeds"], shared)[row, column]
     target = labels[row, column].to(hidden.device)
     scores = llm.lm_head(hidden).float().log_softmax(-1).gather(1, target[:, None])[:, 0]
     return torch.zeros(len(answers), device=scores.device).index_add(0, row.to(scores.device), scores)

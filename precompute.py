@@ -148,7 +148,7 @@ def run_main(main, defaults, doc):
 
 
 def pick_device(cfg):
-    """Device and dtype of the frozen weights; under torchrun also joins the process group."""
+    """Device, dtype of the frozen weights; sets TF32 for the whole process; under torchrun joins the process group."""
     kind = cfg["device"]
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -166,7 +166,7 @@ def pick_device(cfg):
     names["auto"] = torch.bfloat16 if kind.startswith("cuda") else torch.float32
     if cfg["dtype"] not in names:
         raise ValueError(f"dtype: expected one of {', '.join(names)}, got {cfg['dtype']!r}")
-    quick = names[cfg["dtype"]] == torch.bfloat16  # TF32 for what is fp32 beside bf16 (CTC's scores), else for nothing
+    quick = names[cfg["dtype"]] == torch.bfloat16  # TF32 for what is fp32 beside bf16: CTC's scores, InfoNCE's cosines
     torch.set_float32_matmul_precision("high" if quick else "highest")
     torch.backends.cudnn.allow_tf32 = quick
     return torch.device(kind), names[cfg["dtype"]]
@@ -255,6 +255,8 @@ def pack(items):
 
 def load_shards(shards, encoder, cfg, device, bar):
     """Features of one shard after the other, while workers make those of the next: yields lists of messages."""
+    if not shards:
+        return  # no workers for nothing
     starts = np.cumsum([0, *map(len, shards)]).tolist()
     parts = [[range(first, min(first + MESSAGE, end)) for first in range(start, end, MESSAGE)]
              for start, end in zip(starts, starts[1:])]
@@ -375,17 +377,15 @@ def main(cfg):
               f"{encoder.frame_ms:g} ms | {device} {dtype} | torch {torch.__version__}", flush=True)
     if dtype == torch.bfloat16:
         model.store_bf16(encoder)
-    mine = range(rank, len(shards), world)
-    paths = {number: folder / f"shard-{number:05d}.json" for number in mine}
-    wanted = [number for number in mine if not paths[number].is_file()]
-    done = [json.loads(paths[number].read_text(encoding="utf-8"))["bad"] for number in mine if number not in wanted]
+    paths = {number: folder / f"shard-{number:05d}.json" for number in range(rank, len(shards), world)}
+    wanted = [number for number, path in paths.items() if not path.is_file()]
+    done = [json.loads(path.read_text(encoding="utf-8"))["bad"] for path in paths.values() if path.is_file()]
     bar = tqdm(total=sum(len(shards[number]) for number in wanted), unit="clip", disable=rank != 0 or None)
     n_bad, encoded = 0, encode_shards([shards[number] for number in wanted], [paths[number] for number in wanted],
                                       encoder, cfg, device, dtype, bar)
     for bad in itertools.chain(done, encoded):
         n_bad += len(bad)
         if n_bad > cfg["data.max_bad"]:
-            encoded.close()  # what is being written is finished first
             write_bad(folder, len(shards))
             raise ValueError(f"{n_bad} clips cannot be used, more than data.max_bad={cfg['data.max_bad']}; "
                              f"the last is {bad[-1]['key']}: {bad[-1]['reason']}")

@@ -201,7 +201,7 @@ def run_main(main, defaults, doc):
 
 
 def pick_device(cfg):
-    """Device and dtype of the frozen weights; under torchrun also joins the process group."""
+    """Device, dtype of the frozen weights; sets TF32 for the whole process; under torchrun joins the process group."""
     kind = cfg["device"]
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -219,7 +219,7 @@ def pick_device(cfg):
     names["auto"] = torch.bfloat16 if kind.startswith("cuda") else torch.float32
     if cfg["dtype"] not in names:
         raise ValueError(f"dtype: expected one of {', '.join(names)}, got {cfg['dtype']!r}")
-    quick = names[cfg["dtype"]] == torch.bfloat16  # TF32 for what is fp32 beside bf16 (CTC's scores), else for nothing
+    quick = names[cfg["dtype"]] == torch.bfloat16  # TF32 for what is fp32 beside bf16: CTC's scores, InfoNCE's cosines
     torch.set_float32_matmul_precision("high" if quick else "highest")
     torch.backends.cudnn.allow_tf32 = quick
     return torch.device(kind), names[cfg["dtype"]]
@@ -301,13 +301,14 @@ class EncoderCache:
                 getattr(self, name).extend(shard[name])
             self.bad |= {row["key"]: row["reason"] for row in shard["bad"]}
             self.shards.append(frames)
-        if not self.shards or not hashes:
+        if not hashes:
             raise ValueError(f"{folder}: holds no clip; see its bad.jsonl, or run precompute.py again")
         # keys are found by their hashes: a dict of them would take ten times the memory of all else
         self.by_hash = np.argsort(hashes, kind="stable").astype(np.int32)
         self.hashes = np.asarray(hashes)[self.by_hash]
         if (self.hashes[1:] == self.hashes[:-1]).any():  # by chance once in 700,000 starts with 7 million clips
-            raise ValueError(f"{folder}: two clips have the same key; delete this cache and run precompute.py again")
+            raise ValueError(f"{folder}: two clips have the same key, or by chance the same hash: start again; if that "
+                             "does not help, delete the cache and run precompute.py again")
 
     def find(self, keys):
         """Places of clips in shard, first, frames and seconds; -1 where there is none."""
@@ -441,7 +442,7 @@ def epoch_batches(lengths, size, budget, world, seed, epoch):
 
     The longest batch comes first: if memory does not suffice, the run ends in its first step and not in its last.
     """
-    rng, lengths = random.Random(f"{seed}-{epoch}"), np.asarray(lengths)
+    rng, lengths = random.Random(f"{seed}-{epoch}"), np.asarray(lengths, np.int64)
     if len(lengths) < world or lengths.max() > budget:
         raise ValueError(f"{len(lengths)} clips, the longest of {lengths.max(initial=0)} positions, do not fill "
                          f"{world} process(es) of {budget} positions: raise batch_tokens (in phase 1: batch_frames), "
@@ -540,6 +541,8 @@ def open_run(cfg, rank, identity):
             changed = [f"{k}: {then.get(k, 'not there')!r} -> {v!r}" for k, v in cfg.items() if then.get(k, cfg) != v]
         except Exception as error:  # torn, something else, or a pickle with code in it: weights_only refuses it
             raise ValueError(f"{last}: not a checkpoint of this script ({type(error).__name__}); not loaded") from error
+        if state.get("format") != 2:
+            raise ValueError(f"{last}: of an earlier version, whose epochs had another order; finish that run with it")
         check_identity(state.get("identity", {}), identity, last)
         if rank == 0:
             print(f"resuming at step {state['step']}; changed: {', '.join(changed) or 'nothing'}")
@@ -916,8 +919,8 @@ def main(cfg):
         if world > 1:
             counts = model.upload(counts, device)
             dist.all_reduce(counts)
-        # label tokens and clips of the whole step, all processes; what others have to say stays on the device
-        tokens, clips = counts.clamp(min=1).float().unbind() if world > 1 else counts.clamp(min=1).tolist()
+        # label tokens and clips of the whole step, all processes; tensors, so that nobody waits for what others count
+        tokens, clips = counts.clamp(min=1).float().unbind()
         for (_, _, utterances, enc, lens, _), part in zip(micro, ids):
             rng = random.Random(f"{cfg['seed']}-{step}-{utterances[0]['key']}")
             with_draft = [rng.random() < cfg["llm.draft"] for _ in utterances]
@@ -968,7 +971,7 @@ def main(cfg):
             if rank == 0:
                 write_bad(folder, named)
         if rank == 0 and (step % cfg["run.save_every"] == 0 or last):
-            state = {"format": 1, "trained": trained_state(phase), "optimizer": optimizer.state_dict(), "step": step,
+            state = {"format": 2, "trained": trained_state(phase), "optimizer": optimizer.state_dict(), "step": step,
                      "epoch": epoch, "used": used, "best": best, "config": cfg,
                      "identity": identity, "seconds": spent + time.time() - started}
             write_atomic(folder / "last.pt", lambda file, state=state: torch.save(state, file))

@@ -221,7 +221,7 @@ def run_main(main, defaults, doc):
 
 
 def pick_device(cfg):
-    """Device and dtype of the frozen weights; under torchrun also joins the process group."""
+    """Device, dtype of the frozen weights; sets TF32 for the whole process; under torchrun joins the process group."""
     kind = cfg["device"]
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -239,7 +239,7 @@ def pick_device(cfg):
     names["auto"] = torch.bfloat16 if kind.startswith("cuda") else torch.float32
     if cfg["dtype"] not in names:
         raise ValueError(f"dtype: expected one of {', '.join(names)}, got {cfg['dtype']!r}")
-    quick = names[cfg["dtype"]] == torch.bfloat16  # TF32 for what is fp32 beside bf16 (CTC's scores), else for nothing
+    quick = names[cfg["dtype"]] == torch.bfloat16  # TF32 for what is fp32 beside bf16: CTC's scores, InfoNCE's cosines
     torch.set_float32_matmul_precision("high" if quick else "highest")
     torch.backends.cudnn.allow_tf32 = quick
     return torch.device(kind), names[cfg["dtype"]]
@@ -596,7 +596,7 @@ def epoch_batches(lengths, size, budget, world, seed, epoch):
 
     The longest batch comes first: if memory does not suffice, the run ends in its first step and not in its last.
     """
-    rng, lengths = random.Random(f"{seed}-{epoch}"), np.asarray(lengths)
+    rng, lengths = random.Random(f"{seed}-{epoch}"), np.asarray(lengths, np.int64)
     if len(lengths) < world or lengths.max() > budget:
         raise ValueError(f"{len(lengths)} clips, the longest of {lengths.max(initial=0)} positions, do not fill "
                          f"{world} process(es) of {budget} positions: raise batch_tokens (in phase 1: batch_frames), "
@@ -981,6 +981,8 @@ def open_output(cfg, rank):
         state = torch.load(found[-1], map_location="cpu", weights_only=True)
     except Exception as error:  # torn, or a pickle with code in it: weights_only refuses it
         raise ValueError(f"{found[-1]}: not a checkpoint of this script ({type(error).__name__})") from error
+    if state.get("format") != 2:
+        raise ValueError(f"{found[-1]}: of an earlier version, whose epochs had another order; finish that run with it")
     changed = [f"{k}: {v!r} -> {cfg[k]!r}" for k, v in state["config"].items() if k in cfg and cfg[k] != v]
     if rank == 0:
         print(f"resuming at step {state['step']}; changed: {', '.join(changed) or 'nothing'}")
@@ -1122,14 +1124,13 @@ def main(cfg):
         if watched:
             steering.watch = GateUsage(*steering.vectors.shape[:2])
         labels = sum(len(row["ids"]) + 1 for row in rows if row["ids"])
-        count = max(1, labels)
-        if world > 1:  # what others have to say stays on the device
-            count = model.upload(torch.tensor(float(labels), dtype=torch.float64), device)
+        count = torch.tensor(float(labels))  # a tensor, so that nobody waits for what other processes count
+        if world > 1:
+            count = model.upload(count, device)
             dist.all_reduce(count)
-            count = count.clamp(min=1).float()
         with mixed(device, dtype):
             ce, right, positions = wrapped(model.upload(feats, device), lens, rows)
-        loss = ce / count * world  # DDP averages over processes, we want the sum
+        loss = ce / count.clamp(min=1) * world  # DDP averages over processes, we want the sum
         if engine is not None:
             engine.backward(loss)
             engine.step()
@@ -1180,7 +1181,7 @@ def main(cfg):
                 engine.save_checkpoint(str(folder / "deepspeed"), tag=f"step{step}", exclude_frozen_parameters=True)
             if rank == 0:
                 save_checkpoint(folder, {
-                    "format": 1, "trained": weights, "optimizer": optimizer.state_dict() if engine is None else {},
+                    "format": 2, "trained": weights, "optimizer": optimizer.state_dict() if engine is None else {},
                     "scaler": scaler.state_dict(), "step": step, "epoch": epoch, "used": used, "best": best,
                     "stale": stale, "config": cfg, "identity": find_identity(parts),
                     "seconds": spent + time.time() - started}, cfg["save_total_limit"])

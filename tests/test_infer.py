@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -105,6 +106,24 @@ def test_a_gpus_way_gives_the_same_results(world, outcome, monkeypatch, batch_s,
         words, others = ([word["word"] for s in r["segments"] for word in s.get("words", [])] for r in (result, other))
         assert words == others
     assert len(drafted) == ("decode.speculative=false" not in options)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_clips_that_are_written_leave_the_memory(world, monkeypatch, gpu):
+    held, speeches, real = [], [], infer.ask
+
+    def ask(*rest):
+        for clips in real(*rest):
+            speeches.extend(weakref.ref(clip.speech) for clip in clips)
+            yield clips
+            del clips
+            held.append(sum(speech() is not None for speech in speeches))
+
+    monkeypatch.setattr(infer, "ask", ask)
+    monkeypatch.setattr(infer, "UNFINISHED", 0)
+    monkeypatch.setattr(infer, "is_gpu", lambda device: gpu)
+    call(infer, world.dir, world.manifest, "data.batch_s=0.1")
+    assert len(speeches) >= 12 and max(held) <= (6 if gpu else 2)  # two passes under way, what is waiting, the next one
 
 
 def test_readers_hand_over_a_few_short_clips_at_a_time(world, tmp_path, monkeypatch):

@@ -461,7 +461,7 @@ def test_whole_passes_over_drafts_give_the_same_answers(llm, tokenizer, no_loop_
     passes, real = [], llm.model.forward
     monkeypatch.setattr(llm.model, "forward", lambda **inputs: (
         passes.append(tuple(inputs["inputs_embeds"].shape[:2])), real(**inputs))[1])
-    graphs = model.Graphs(lambda embeds: model.hidden_states(llm, {"inputs_embeds": embeds})) if alone else None
+    graphs = model.Graphs(lambda embeds: model.hidden_states(llm, embeds)) if alone else None
     if alone:
         batches = [[clip] for batch in batches for clip in batch]
     found = list(model.decode_drafted(llm, iter(batches), NO_STOP, graphs))
@@ -483,7 +483,7 @@ def test_whole_passes_stop_where_the_llm_does(llm, tokenizer, no_loop_cut):
 
 
 def test_rows_without_a_mask_are_read_as_with_one(llm, tokenizer, monkeypatch):
-    """Qwen3 is told that there is no mask; a Llama is not, for it knows no kinds of layers. None reaches attention."""
+    """No mask reaches attention, also while a CUDA graph is recorded (transformers then takes rows for packed)."""
     from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
 
     torch.manual_seed(0)
@@ -491,21 +491,17 @@ def test_rows_without_a_mask_are_read_as_with_one(llm, tokenizer, monkeypatch):
         vocab_size=450, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, initializer_range=0.2)).eval()
     spliced = example_batch(llm, tokenizer)
-    real = spliced["attention_mask"].bool()
-    for one, told in ((llm, {"full_attention": None}), (llama, None)):
-        plain = one.model(**{k: v for k, v in spliced.items() if k != "labels"}).last_hidden_state
-        masks, forward = [], one.model.forward
-        monkeypatch.setattr(one.model, "forward", lambda masks=masks, forward=forward, **inputs: (
-            masks.append(inputs["attention_mask"]), forward(**inputs))[1])
-        torch.testing.assert_close(model.hidden_states(one, spliced)[real], plain[real], rtol=1e-4, atol=1e-4)
-        assert masks == [told]
-        attended, attend = [], F.scaled_dot_product_attention
-        with monkeypatch.context() as patch:
-            patch.setattr(masking_utils, "is_tracing", lambda *_: True)  # as while a CUDA graph is recorded
-            patch.setattr(F, "scaled_dot_product_attention", lambda *rest, attn_mask=None, attended=attended,
-                          attend=attend, **more: attended.append(attn_mask) or attend(*rest, attn_mask, **more))
-            torch.testing.assert_close(model.hidden_states(one, spliced)[real], plain[real], rtol=1e-4, atol=1e-4)
-        assert attended == [None, None]  # of two layers
+    real, embeds = spliced["attention_mask"].bool(), spliced["inputs_embeds"]
+    expected = [one.model(**{k: v for k, v in spliced.items() if k != "labels"}).last_hidden_state[real]
+                for one in (llm, llama)]
+    masks, attend = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *rest, attn_mask=None, **more: (
+        masks.append(attn_mask), attend(*rest, attn_mask, **more))[1])
+    for recorded in (False, True):
+        monkeypatch.setattr(masking_utils, "is_tracing", lambda *_, recorded=recorded: recorded)
+        for one, plain in zip((llm, llama), expected):
+            torch.testing.assert_close(model.hidden_states(one, embeds)[real], plain, rtol=1e-4, atol=1e-4)
+    assert masks == [None] * 8  # of two layers
 
 
 def test_norms_by_torchs_kernel_are_transformers_own(llm):
@@ -531,11 +527,11 @@ def test_compiled_layers_are_compiled_once_and_cached_passes_leave_them_alone(ll
     torch._dynamo.utils.counters.clear()
     for seed in range(3):  # of other lengths
         spliced = example_batch(llm, tokenizer, seed=seed)
-        spliced["inputs_embeds"] = F.pad(spliced["inputs_embeds"], (0, 0, 0, seed)).requires_grad_()
-        expected = model.hidden_states(llm, spliced)
-        torch.testing.assert_close(model.hidden_states(compiled, spliced), expected, rtol=1e-4, atol=1e-4)
+        embeds = F.pad(spliced["inputs_embeds"], (0, 0, 0, seed)).requires_grad_()
+        expected = model.hidden_states(llm, embeds)
+        torch.testing.assert_close(model.hidden_states(compiled, embeds), expected, rtol=1e-4, atol=1e-4)
         with torch.no_grad():
-            behind = model.hidden_states(compiled, spliced, 3)
+            behind = model.hidden_states(compiled, embeds, 3)
         torch.testing.assert_close(behind, expected[:, 3:], rtol=1e-4, atol=1e-4)
         spliced = example_batch(llm, tokenizer, True, False)
         found, plain = (model.greedy_decode(one, spliced, NO_STOP, [5] * 3) for one in (compiled, llm))

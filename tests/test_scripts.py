@@ -581,6 +581,8 @@ def test_epoch_batches_hold_every_clip_once_within_the_budget_longest_first():
     assert as_lists(first) != as_lists(train_phase1.epoch_batches(lengths, 16, 1000, 2, 8, 0))
     sizes = [len(batch) * max(lengths[i] for i in batch) for batch in first]
     assert sizes[0] == max(sizes)
+    many = np.full(4096, 2**20, np.int32)  # 2048 of them have more frames than an int32 holds
+    assert {len(batch) for batch in train_phase1.epoch_batches(many, 4096, 2**21, 1, 0, 0)} == {2}
 
 
 # ---- training ---------------------------------------------------------------------------------------------------
@@ -839,6 +841,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(world, tmp_path, scri
     other = good | {"identity": good["identity"] | {"encoder.weights": "abc"}}
     cases = [(Malicious(), "not a checkpoint of this script"), (good[name], r"not a checkpoint.*\(KeyError\)"),
              (lacking, "does not fit this configuration: .*adaptor.norm.bias"),
+             (good | {"format": 1}, "of an earlier version"),
              (other, "belongs to another encoder or LLM .encoder.weights=abc, now ")]
     for content, message in cases:
         torch.save(content, last)

@@ -622,7 +622,11 @@ def test_a_used_folder_and_a_strange_checkpoint_are_refused(world, tmp_path):
     with pytest.raises(ValueError, match="checkpoint-0000001.pt: was trained with 2 layers, 4 experts, width 32; this "
                                          "configuration has 2 layers, 3 experts, width 32"):
         call(*arguments, "resume=true", "steering.num_experts=3")
-    train_steermoe.checkpoints(tmp_path)[-1].write_bytes(b"not a checkpoint")
+    last = train_steermoe.checkpoints(tmp_path)[-1]
+    torch.save(torch.load(last, weights_only=True) | {"format": 1}, last)
+    with pytest.raises(ValueError, match="of an earlier version"):
+        call(*arguments, "resume=true")
+    last.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="not a checkpoint of this script"):
         call(*arguments, "resume=true")
 
