@@ -14,7 +14,7 @@ Output  a table, and bench.json, written after every row: machine, environment, 
         of torch's allocator), audio_s, audio_s_per_s, usual (what the baseline is); all but fbank tflops and mfu: what
         ours reaches, padding included, and its share of matmul_tflops.
         encoder         transformers_s; with --compile compiled_s: ours under torch.compile
-        training steps  apart: by how much losses or gradients differ at most, relative
+        training steps  apart: by how much losses or gradients differ at most, relative (our cache is fp16)
         inference       rtf, of all clips, while readers work ahead (no latency); identical: share of equal texts
                         (staged: of equal tokens; worst: by how much a different one scores less); usual_share of the
                         clips, by seconds, that the usual way takes (its time is divided by that)
@@ -485,6 +485,7 @@ def phase1_step(world):
     cache, rows = need_cache(world), world.train
     quick = train_phase1.speed_up(cache, train_phase1.DEFAULTS, world.device)
     table = world.listener.llm.get_input_embeddings().weight.detach()
+    torch.manual_seed(0)
     ctc = model.CTCHead(table.shape[1], embedding=table, token_ids=sorted({i for row in rows for i in row["ids"]}))
     adaptor = model.unfreeze(copy.deepcopy(world.listener.adaptor)).float()
     phase = train_phase1.Phase1(adaptor, ctc, 0.07).to(world.device)
