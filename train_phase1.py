@@ -882,6 +882,8 @@ def print_start(cfg, phase, train, valid, total, device, dtype, world):
         print(f"CTC over {phase.ctc.blank} tokens and a blank; {counts.sum() - known} of {counts.sum()} valid tokens "
               "have no CTC class, so that it cannot read them")
     print(f"device {device}, autocast {dtype}, torch {torch.__version__}, seed {cfg['seed']}", flush=True)
+    if cfg["compile"] and device.type == "cuda":
+        print("the first steps take a minute or more: layers are compiled (compile=false turns that off)", flush=True)
 
 
 if __name__ == "__main__":

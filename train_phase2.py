@@ -1031,6 +1031,8 @@ def print_start(cfg, phase, train, valid, total, device, dtype, world, identity)
     print(f"prompt: {phase.tokenizer.decode(before)!r} SPEECH {phase.tokenizer.decode(after)!r}")
     print(f"encoder {identity['encoder.name']}, LLM {cfg['llm.name']}, device {device}, {dtype}, "
           f"torch {torch.__version__}, seed {cfg['seed']}", flush=True)
+    if cfg["compile"] and device.type == "cuda":
+        print("the first steps take a minute or more: layers are compiled (compile=false turns that off)", flush=True)
 
 
 if __name__ == "__main__":
