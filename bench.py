@@ -234,15 +234,13 @@ def window_features(world, row):
 def plainly(function):
     """The usual way runs without torch.compile and without TF32."""
     def run():
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
+        allowed = torch.get_float32_matmul_precision() == "high"
+        model.allow_tf32(False)
         try:
             with torch.compiler.set_stance("force_eager"):
                 return function()
         finally:
-            torch.set_float32_matmul_precision(precision)
-            torch.backends.cudnn.allow_tf32 = precision == "high"
+            model.allow_tf32(allowed)
     return run
 
 
@@ -1030,8 +1028,7 @@ def main(args):
     with tempfile.TemporaryDirectory() as folder:
         world = make_world(args, Path(folder))
         if world.dtype == torch.bfloat16:
-            torch.set_float32_matmul_precision("high")  # as the scripts do
-            torch.backends.cudnn.allow_tf32 = True
+            model.allow_tf32(True)  # as the scripts do
         ceiling = matmul_tflops(world.device, world.dtype)
         report = machine(world.device) | {"size": args.size, "repeats": args.repeats, "matmul_tflops": ceiling}
         print(" | ".join(f"{key} {value}" for key, value in report.items()))

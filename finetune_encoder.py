@@ -398,9 +398,7 @@ def pick_device(cfg):
     names["auto"] = torch.bfloat16 if kind.startswith("cuda") else torch.float32
     if cfg["dtype"] not in names:
         raise ValueError(f"dtype: expected one of {', '.join(names)}, got {cfg['dtype']!r}")
-    quick = names[cfg["dtype"]] == torch.bfloat16  # TF32 for what is fp32 beside bf16: CTC's scores, InfoNCE's cosines
-    torch.set_float32_matmul_precision("high" if quick else "highest")
-    torch.backends.cudnn.allow_tf32 = quick
+    model.allow_tf32(names[cfg["dtype"]] == torch.bfloat16)  # for what is fp32 beside bf16: CTC, InfoNCE's cosines
     return torch.device(kind), names[cfg["dtype"]]
 
 
@@ -1478,7 +1476,7 @@ def main(cfg):
     device, _ = pick_device(cfg | {"dtype": "fp32"})
     dtype = {"use_bf16": torch.bfloat16, "use_fp16": torch.float16}.get(
         next((name for name in ("use_bf16", "use_fp16") if cfg[f"train_conf.{name}"]), ""), torch.float32)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg["enable_tf32"]
+    model.allow_tf32(cfg["enable_tf32"])
     rank, world = rank_and_world()
     torch.manual_seed(cfg["seed"])
     found, parts, data = checklist(cfg, device)

@@ -218,9 +218,7 @@ def pick_device(cfg):
     names["auto"] = torch.bfloat16 if kind.startswith("cuda") else torch.float32
     if cfg["dtype"] not in names:
         raise ValueError(f"dtype: expected one of {', '.join(names)}, got {cfg['dtype']!r}")
-    quick = names[cfg["dtype"]] == torch.bfloat16  # TF32 for what is fp32 beside bf16: CTC's scores, InfoNCE's cosines
-    torch.set_float32_matmul_precision("high" if quick else "highest")
-    torch.backends.cudnn.allow_tf32 = quick
+    model.allow_tf32(names[cfg["dtype"]] == torch.bfloat16)  # for what is fp32 beside bf16: CTC, InfoNCE's cosines
     return torch.device(kind), names[cfg["dtype"]]
 
 
@@ -452,8 +450,7 @@ def is_nano(folder):
 
 def load_nano_listener(cfg, device, dtype):
     """The same for Fun-ASR-Nano; only its LLM is bf16 on a GPU, as in FunASR, and what is fp32 is not TF32."""
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    model.allow_tf32(False)
     if cfg["decode.ctc_weight"] > 0:
         raise ValueError("decode.ctc_weight is for models of train_phase2.py: here the CTC head has another vocabulary "
                          "than the LLM")

@@ -67,6 +67,12 @@ def download(x):
     return wait
 
 
+def allow_tf32(allowed):
+    """Whether a GPU may round fp32 matrix products and convolutions to TF32 (10 bits of mantissa); whole process."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
 def length_mask(lens, max_len, device=None):
     """Bool mask (B, max_len), True on real positions; on `device`, by default that of lens.
 

@@ -540,6 +540,14 @@ def test_the_learning_rate_warms_up_then_falls_to_zero():
     assert train_phase1.learning_rate(99, 110, cfg | {"optim.schedule": "constant"}) == 1.0
 
 
+@pytest.mark.parametrize("script", [precompute, train_phase1, train_phase2])
+def test_fp32_is_rounded_to_tf32_beside_bf16_only(script):
+    for dtype, expected in (("bf16", ("high", True)), ("fp32", ("highest", False))):  # last: as it was
+        script.pick_device({"device": "cpu", "dtype": dtype})
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == expected
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # by model.py
+
+
 def as_lists(batches):
     return [batch.tolist() for batch in batches]
 
