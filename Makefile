@@ -12,20 +12,7 @@ setup: .venv/.done
 	touch $@
 
 test: setup
-	$(PY) -m pytest -q tests
+	cd old && ../$(PY) -m pytest -q tests
 
 lint: setup
 	$(PY) -m ruff check .
-
-demo: setup
-	$(PY) demo.py $(if $(SPEECH),"speech=$(SPEECH)") $(ARGS)
-
-demo-steermoe: setup
-	$(PY) demo_steermoe.py $(ARGS)
-
-demo-telephone: setup
-	$(PY) demo_telephone.py $(ARGS)
-
-# glibc would give large blocks back to the system at every free; baseline and ours both run without that
-bench: setup
-	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 $(PY) bench.py $(ARGS)

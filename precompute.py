@@ -1,421 +1,280 @@
-"""Stage 0: run the frozen encoder once over every clip and keep its outputs, so that training never waits for audio.
+"""Stage 0: run the frozen encoder once over every clip, so that training never waits for audio.
 
     python precompute.py configs/precompute.yaml [key=value ...]
-    torchrun --nproc_per_node 4 precompute.py configs/precompute.yaml        # GPUs share the work
+    torchrun --nproc_per_node 4 precompute.py configs/precompute.yaml      # GPUs share the work
 
-Input   manifests (`data.train`, `data.valid`, `data.test`; several are separated by commas).
-Output  cache.dir/shard-00000.npy   fp16 (frames, W), the clips of one shard one after the other, memory-mappable
-        cache.dir/shard-00000.json  lists of the clips' keys, first rows, numbers of frames, seconds; clips left out
-        cache.dir/cache.json        the encoder's identity (hash of weights, front end), frame_ms, width
-        cache.dir/bad.jsonl         every clip that could not be used, with the reason
-A shard is written whole or not at all, and what goes into it is a pure function of the manifests, so a run that was
-killed at any moment completes to the same bytes when it is started again.
+Input   manifests (data.train, data.valid, data.test; several with commas between)
+Output  cache.dir/shard-00000.safetensors   the encoder's output of each clip, (T, W) fp16, under a
+                                            number; keys, frames and seconds in the metadata
+        cache.dir/cache.json                the encoder's identity: hash of its weights, front end
+        cache.dir/dropped.jsonl             every clip that could not be used, with the reason
+A shard is written whole or not at all. The same command goes on after a kill, to the same bytes;
+later it encodes what is new, and again the shards of files whose path, size or time have changed.
 
-Cost    2 bytes x W a frame: SenseVoice's 512 x 16.7 Hz makes 11 GB of AISHELL-1's 178 h. Never a file per clip.
-Source  the field's usual way is a forward hook, one clip at a time and one .pt file each.
+Cost    2 bytes x W a frame: SenseVoice's 512 x 16.7 Hz make 11 GB of AISHELL-1's 178 h. On a GPU
+        the processes that read audio are the limit: docs/speed.md.
 """
 
-import difflib
 import itertools
 import json
-import os
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
+import safetensors.torch
 import torch
 import torch.distributed as dist
-import yaml
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import model
 
-DEFAULTS = {
-    "data.train": "",  # manifest(s): .jsonl, Kaldi folder or data_aishell:train; several separated by commas
-    "data.valid": "",
-    "data.test": "",
-    "data.perturb": "",  # manifests that data.speed applies to; empty: all of data.train
-    "data.speed": [1.0],  # training clips are cached once per factor; keys get "@0.9" for factors other than 1
-    "data.max_bad": 100,  # stop when more clips than this cannot be used
-    "data.min_s": 0.1,  # clips shorter or longer than this are left out and counted
-    "data.max_s": 40.0,
-    "encoder.name": ...,  # hub name or folder
-    "encoder.language": "auto",  # SenseVoice: auto, zh, en, yue, ja, ko
-    "encoder.text_norm": "woitn",  # SenseVoice: woitn or withitn
-    "encoder.pad_to_30s": False,  # Whisper: pad to 30 s as in its training, instead of clip length
-    "adaptor.keep_query_frames": False,  # SenseVoice: keep the 4 query frames, for the published adaptor
-    "cache.dir": ...,
-    "cache.shard_clips": 2048,  # clips per shard; a killed run repeats at most two shards per process
-    "batch_s": 240.0,  # padded seconds of audio per encoder batch
-    "workers": 2,  # processes that read audio and compute features
-    "seed": 0,  # of the dither, with each clip's key
-    "device": "auto",  # auto, cpu, cuda
-    "dtype": "auto",  # auto: bf16 on a GPU, fp32 on a CPU
-}
-MESSAGE = 32  # clips that a worker hands over at once: every message takes its time, however little is in it
+DEFAULTS = """
+data:
+  train: ""            # manifests: .jsonl, Kaldi folder, data_aishell:train; commas between
+  valid: ""
+  test: ""
+  perturb: ""          # manifests of train that data.speed applies to; empty: all of them
+  speed: [1.0]         # training clips are cached once per factor; keys get "@0.9"
+  min_s: 0.1           # clips shorter or longer are left out and counted
+  max_s: 40.0
+  max_dropped: 100     # stop when more clips than this cannot be used
+encoder:
+  name: ???            # hub name or folder
+  language: auto       # SenseVoice: auto, zh, en, yue, ja, ko
+  text_norm: woitn     # SenseVoice: woitn or withitn
+  keep_query_frames: false  # SenseVoice: keep its 4 query frames, for the published adaptor
+  pad_to_30s: false    # Whisper: pad as in its training, instead of clip length
+cache:
+  dir: ???
+  shard_clips: 2048    # clips of a file; a killed run repeats one file per process
+batch_s: 240.0         # padded seconds of audio in an encoder batch
+workers: 2             # processes that read audio and compute features
+seed: 0                # of the dither, with each clip's key
+device: auto           # auto, cpu, cuda
+dtype: auto            # auto: bf16 on a GPU, fp32 on a CPU
+"""
+MESSAGE = 32  # clips that a worker hands over at once: each message takes its time
 
 
-# ---- configuration (the same lines in every script; tests/test_copies.py) ---------------------------------------
+# ---- what is to be encoded --------------------------------------------------
 
 
-class UniqueKeyLoader(yaml.SafeLoader):
-    """YAML loader that refuses a key given twice; PyYAML itself silently keeps the last."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = []
-        for key_node, _ in node.value:
-            key, mark = self.construct_object(key_node, deep=True), key_node.start_mark
-            if key in seen:
-                raise ValueError(f"{mark.name}:{mark.line + 1}: key {key!r} is given twice")
-            seen.append(key)
-        return super().construct_mapping(node, deep)
-
-
-def load_config(arguments, defaults):
-    """[config.yaml] key=value ... -> flat dict with every key of `defaults`; ValueError names file and nearest key."""
-    given = []  # (where, key, value), later ones win
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if equals:
-            # text stays as typed, required keys are text too: YAML minds colons and reads 007 as 7
-            text = isinstance(defaults.get(key.strip()), str | type(...)) or not value
-            given.append((f"argument {argument}", key.strip(), value if text else yaml.safe_load(value)))
-            continue
-        if not Path(argument).is_file():
-            raise ValueError(f"{argument}: no such config file")
-        with open(argument, encoding="utf-8") as file:
-            tree = yaml.load(file, UniqueKeyLoader) or {}
-        if not isinstance(tree, dict):
-            raise ValueError(f"{argument}: expected `section:` or `key: value` lines")
-        stack = [("", tree)]
-        while stack:  # sections flatten into dotted keys
-            prefix, section = stack.pop()
-            for name, value in section.items():
-                dotted = f"{prefix}{name}"
-                if isinstance(value, dict):
-                    stack.append((f"{dotted}.", value))
-                elif any((where, key) == (argument, dotted) for where, key, _ in given):
-                    raise ValueError(f"{argument}: key {dotted!r} is given twice")  # in a section, and spelt with dots
-                else:
-                    given.append((argument, dotted, value))
-    config = dict(defaults)
-    for where, key, value in given:
-        if key not in defaults:
-            nearest = difflib.get_close_matches(key, defaults, 1, 0.0)[0]
-            raise ValueError(f"{where}: unknown key {key!r}; did you mean {nearest!r}? (--help lists all)")
-        config[key] = convert(value, defaults[key], f"{where}: {key}")
-    missing = [key for key, value in config.items() if value is ...]
-    if missing:
-        raise ValueError(f"required key not given: {', '.join(missing)}")
-    return config
-
-
-def convert(value, default, where):
-    """Bring a YAML value to the type of its default: PyYAML reads 1e-4 as a string and `no` as False."""
-    if value is None and (default is None or default == ""):
-        return default
-    if value is None:
-        raise ValueError(f"{where}: has no value")
-    if isinstance(default, list):
-        items = value if isinstance(value, list) else [part.strip() for part in str(value).split(",")]
-        return [convert(item, default[0], where) for item in items] if default else items
-    kind = str if default is ... or default is None else type(default)
-    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    try:
-        if kind is bool or isinstance(value, (bool, list, dict)) or kind is int and float(value) % 1:
-            raise ValueError
-        return kind(value)
-    except ValueError:
-        raise ValueError(f"{where}: expected {kind.__name__}, got {value!r} ({type(value).__name__})") from None
-
-
-def run_main(main, defaults, doc):
-    """Command line of a script: --help, one-line errors for what the user can mend, exit status 2."""
-    if any(argument in ("-h", "--help") for argument in sys.argv[1:]):
-        width = max(len(key) for key in defaults)
-        lines = (f"  {key:{width}}  {'(required)' if value is ... else value!r}" for key, value in defaults.items())
-        print(doc.strip(), "\n\nKeys and defaults:", *lines, sep="\n")
-        return
-    try:
-        main(load_config(sys.argv[1:], defaults))
-    except (ValueError, OSError, yaml.YAMLError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-
-
-def pick_device(cfg):
-    """Device, dtype of the frozen weights; sets TF32 for the whole process; under torchrun joins the process group."""
-    kind = cfg["device"]
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind.split(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected auto, cpu or cuda, got {kind!r}")
-    if kind.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("device=cuda, but torch sees no GPU here; use device=cpu, or check the driver with nvidia-smi")
-    if "RANK" in os.environ and not dist.is_initialized():
-        backend = "nccl" if kind.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=12))  # one rank may have all the work left
-    if kind == "cuda":
-        kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(kind)
-    names = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    names["auto"] = torch.bfloat16 if kind.startswith("cuda") else torch.float32
-    if cfg["dtype"] not in names:
-        raise ValueError(f"dtype: expected one of {', '.join(names)}, got {cfg['dtype']!r}")
-    model.allow_tf32(names[cfg["dtype"]] == torch.bfloat16)  # for what is fp32 beside bf16: CTC, InfoNCE's cosines
-    return torch.device(kind), names[cfg["dtype"]]
-
-
-def rank_and_world():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def write_atomic(path, write):
-    """Call `write(file)` on a temporary file, fsync, then rename: a kill or a full disk leaves the old file whole.
-
-    No reader looks at a temporary file. What kill -9 leaves of one goes when the same file is next written, which the
-    same command does.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        for left_over in path.parent.glob(f".{path.name}.*.tmp"):
-            left_over.unlink(missing_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, (OSError, RuntimeError)):  # torch.save makes a RuntimeError of a disk that fills up
-            reason = getattr(error, "strerror", None) or f"{error}; is the disk full?"
-            raise OSError(f"{path}: could not be written ({reason}); what was there before is whole") from error
-        raise
-
-
-def autocast(device, dtype):
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype != torch.float32)
-
-
-# ---- what is to be encoded --------------------------------------------------------------------------------------
+@dataclass
+class Clip:
+    key: str
+    stamp: str  # of the file: another path, size or time is another clip
+    manifest: int
+    row: int
+    speed: float
 
 
 def list_clips(cfg):
-    """Rows of all manifests, training rows once per speed, in a fixed order; a key may have one source only."""
-    clips = {}
-    perturb = [spec.strip() for spec in (cfg["data.perturb"] or cfg["data.train"]).split(",")]
+    """Manifests (data sets), and the clips of all of them: training clips once per speed."""
+    manifests, clips = [], {}
+    perturbed = model.as_list(cfg.data.perturb) or model.as_list(cfg.data.train)
     for part in ("train", "valid", "test"):
-        for spec in (spec.strip() for spec in cfg[f"data.{part}"].split(",") if spec.strip()):
-            for row in model.iter_manifest(spec):
-                for speed in cfg["data.speed"] if part == "train" and spec in perturb else [1.0]:
-                    key = row["key"] if speed == 1.0 else f"{row['key']}@{speed}"
-                    clip = {"key": key, "source": row["source"], "speed": speed}
-                    if clips.setdefault(key, clip) != clip:
-                        raise ValueError(f"{spec}: {row['where']}: key {key!r} also names {clips[key]['source']}")
+        for spec in model.as_list(cfg.data[part]):
+            rows = model.read_manifest(spec, Path(cfg.cache.dir) / "manifests")
+            speeds = cfg.data.speed if part == "train" and spec in perturbed else [1.0]
+            sources = rows["source"] if "source" in rows.column_names else [None] * len(rows)
+            for row, (key, source) in enumerate(zip(rows["key"], sources, strict=True)):
+                stamp = file_stamp(source) if source else f"{rows._fingerprint}-{row}"
+                for speed in speeds:
+                    name = key if speed == 1.0 else f"{key}@{speed}"
+                    clip = Clip(name, stamp, len(manifests), row, speed)
+                    if clips.setdefault(name, clip).stamp != stamp:
+                        raise model.UserError(f"{spec}: {key} stands for another file elsewhere")
+            manifests.append(rows)
     if not clips:
-        raise ValueError("nothing to encode: give data.train, data.valid or data.test")
-    return list(clips.values())
+        raise model.UserError("nothing to encode: give data.train, data.valid or data.test")
+    return manifests, list(clips.values())
+
+
+def file_stamp(path):
+    file = Path(path)
+    stat = file.stat() if file.is_file() else None
+    return model.hash_text([path, stat and stat.st_size, stat and stat.st_mtime_ns])
+
+
+def read_index(path):
+    """Rows [key, stamp, ...] of the clips in a shard, and of those left out of it."""
+    metadata = model.open_shard(path).metadata()
+    return json.loads(metadata["clips"]), json.loads(metadata["dropped"])
+
+
+def read_stamps(folder):
+    """{path of a shard: {key: stamp}} of all that has been done."""
+    paths = sorted(folder.glob("shard-*.safetensors"))
+    return {path: {row[0]: row[1] for rows in read_index(path) for row in rows} for path in paths}
+
+
+def remove_stale(clips, folder):
+    """Delete shards that hold a clip whose file has changed: all of theirs are encoded again."""
+    wanted = {clip.key: clip.stamp for clip in clips}
+    for path, stamps in read_stamps(folder).items():
+        stale = [key for key, stamp in stamps.items() if wanted.get(key, stamp) != stamp]
+        if stale:
+            print(f"{path.name}: {stale[0]} has changed, the shard is made again")
+            path.unlink()
+
+
+def plan_shards(clips, folder, size):
+    """{path: its clips} of what no shard holds yet, under the first free numbers."""
+    done = read_stamps(folder)
+    keys = {key for stamps in done.values() for key in stamps}
+    pending = [clip for clip in clips if clip.key not in keys]
+    paths = (folder / f"shard-{number:05d}.safetensors" for number in itertools.count())
+    paths = (path for path in paths if path not in done)
+    return {next(paths): pending[at : at + size] for at in range(0, len(pending), size)}
 
 
 class Clips(torch.utils.data.Dataset):
-    """clip -> (clip, features or None, seconds, reason): audio and features are made in worker processes."""
+    """Clip -> (features (T, F) or None, seconds, why it is left out), in a worker process."""
 
-    def __init__(self, clips, encoder, cfg):
-        self.clips, self.encoder, self.cfg = clips, encoder, cfg
+    def __init__(self, clips, manifests, encoder, cfg):
+        self.clips, self.manifests, self.encoder, self.cfg = clips, manifests, encoder, cfg
 
     def __len__(self):
         return len(self.clips)
 
-    def __getitem__(self, index):
-        clip, rate, seconds, cfg = self.clips[index], self.encoder.sample_rate, 0.0, self.cfg
+    def __getitem__(self, number):
+        clip, data, rate = self.clips[number], self.cfg.data, self.encoder.sample_rate
+        row = self.manifests[clip.manifest][clip.row]
         try:
-            wave = model.change_speed(model.load_audio(clip["source"], rate), clip["speed"], rate)
+            wave = model.load_audio(row.get("audio") or row["source"], rate)
+            wave = model.change_speed(wave, clip.speed, rate)
             seconds = len(wave) / rate
-            if not cfg["data.min_s"] <= seconds <= cfg["data.max_s"]:
-                limits = f"{cfg['data.min_s']:g}..{cfg['data.max_s']:g}"
-                raise model.AudioError(f"{seconds:.2f} s is outside data.min_s..max_s ({limits})")
-            return clip, self.encoder.features(wave, f"{cfg['seed']}-{clip['key']}"), seconds, ""
+            if not data.min_s <= seconds <= data.max_s:
+                limits = f"{data.min_s:g} to {data.max_s:g}"
+                raise model.AudioError(f"{seconds:.2f} s, outside data.min_s..max_s ({limits})")
+            feats = self.encoder.features(wave, f"{self.cfg.seed}-{clip.key}")
+            return feats.numpy(), seconds, ""  # as an array: a tensor would hold a file descriptor
         except model.AudioError as error:
-            return clip, None, seconds, str(error)
+            return None, 0.0, f"{row.get('source') or row['where']}: {error}"
 
 
-def pack(items):
-    """A worker's message: (clip, frames, seconds, reason) of each item, and the features of all in one tensor."""
-    features = [feats for _, feats, _, reason in items if not reason]
-    rows = [(clip, 0 if reason else len(feats), seconds, reason) for clip, feats, seconds, reason in items]
-    return rows, torch.cat(features) if features else None
-
-
-def load_shards(shards, encoder, cfg, device, bar):
-    """Features of one shard after the other, while workers make those of the next: yields lists of messages."""
-    if not shards:
-        return  # no workers for nothing
-    starts = np.cumsum([0, *map(len, shards)]).tolist()
-    parts = [[range(first, min(first + MESSAGE, end)) for first in range(start, end, MESSAGE)]
-             for start, end in zip(starts, starts[1:])]
-    loader = iter(torch.utils.data.DataLoader(
-        Clips([clip for shard in shards for clip in shard], encoder, cfg), collate_fn=pack,
-        batch_sampler=[part for shard in parts for part in shard], num_workers=cfg["workers"],
-        prefetch_factor=4 if cfg["workers"] else None,
-        multiprocessing_context="fork" if cfg["workers"] else None,  # workers share the encoder's memory
-    ))
-    for shard in parts:
-        messages = []
-        for part in shard:
-            rows, feats = next(loader)
-            if feats is not None:  # a copy in any case: a worker's tensor holds a file descriptor
-                feats = feats.clone() if device.type == "cpu" else model.upload(feats, device)
-            messages.append((rows, feats))
-            bar.update(len(part))
-        yield messages
-
-
-# ---- encoding ---------------------------------------------------------------------------------------------------
+# ---- encoding ---------------------------------------------------------------
 
 
 @torch.inference_mode()
-def encode_shard(messages, encoder, cfg, device, dtype):
-    """Encode one shard's clips, messages of `pack`. Output: fp16 (frames, W), index rows in that order, bad rows."""
-    bad, clips, first = [], [], 0
-    for clip, length, seconds, reason in (row for rows, _ in messages for row in rows):
+def encode(clips, items, encoder, cfg, device, amp):
+    """Encode the clips of one shard. Output: tensors by clip, reasons of clips left out."""
+    outputs, reasons = {}, {}
+    for number, (_, _, reason) in enumerate(items):
         if reason:
-            bad.append({"key": clip["key"], "source": clip["source"], "reason": reason})
-        else:
-            clips.append((length, clip, seconds, first))
-            first += length
-    flat = [feats for _, feats in messages if feats is not None]
-    flat = torch.cat(flat) if flat else None  # (mel frames of all clips, F), on the device
-    messages.clear()  # of what is there twice now
-    clips.sort(key=lambda item: (item[0], item[1]["key"]))  # neighbours of like length: little padding
-    outputs, index, first = [], [], 0
-    while clips:
-        batch = [clips.pop()]
-        longest = 30.0 if cfg["encoder.pad_to_30s"] else batch[0][2]
-        while clips and (len(batch) + 1) * longest <= cfg["batch_s"]:
-            batch.append(clips.pop())
-        lens, starts = torch.tensor([item[0] for item in batch]), torch.tensor([item[3] for item in batch])
-        steps = torch.arange(batch[0][0])
-        places = starts[:, None] + torch.minimum(steps, lens[:, None] - 1)  # (B, T)
-        feats = flat[model.upload(places, device)]  # (B, T, F)
-        feats = feats.masked_fill(~model.length_mask(lens, len(steps), device)[..., None], 0.0)
-        with autocast(device, dtype):
-            enc, enc_lens = encoder(feats, lens)  # (B, T', W)
-        enc = enc.to(torch.float16)
-        finite = (enc.isfinite().all(-1) | ~model.length_mask(enc_lens, enc.shape[1], device)).all(1).tolist()
-        for row, length, good, (_, clip, seconds, _) in zip(enc.cpu().numpy(), enc_lens.tolist(), finite, batch):
-            if not good:
-                bad.append({"key": clip["key"], "source": clip["source"], "reason": "encoder output is not finite"})
-                continue
-            outputs.append(row[:length])
-            index.append({"key": clip["key"], "first": first, "frames": length, "seconds": round(seconds, 3)})
-            first += length
-    frames = np.concatenate(outputs) if outputs else np.zeros((0, encoder.width), np.float16)
-    return frames, index, bad
+            reasons[number] = reason
+    order = [number for number in range(len(clips)) if number not in reasons]
+    order.sort(key=lambda number: (len(items[number][0]), clips[number].key))  # little padding
+    while order:
+        longest = 30.0 if cfg.encoder.pad_to_30s else items[order[-1]][1]
+        count = max(1, int(cfg.batch_s / longest))
+        order, batch = order[:-count], order[-count:]
+        feats = [torch.from_numpy(items[number][0]) for number in batch]
+        lens = torch.tensor([len(x) for x in feats])
+        with amp:
+            enc, lens = encoder(pad_sequence(feats, batch_first=True).to(device), lens)
+        enc = enc.to(torch.float16).cpu()  # (B, T, W)
+        for number, row, length in zip(batch, enc, lens.tolist(), strict=True):
+            if not row[:length].isfinite().all():
+                reasons[number] = "encoder output is not finite"
+            else:
+                outputs[number] = row[:length].clone()
+    return outputs, reasons
 
 
-def encode_shards(shards, paths, encoder, cfg, device, dtype, bar):
-    """Encode and write shards, each whole or not at all: one in a thread, while the next is loaded.
-
-    paths: of their indices, .json. Yields the bad rows of each.
-    """
-    def encode(messages, path):
-        frames, index, bad = encode_shard(messages, encoder, cfg, device, dtype)
-        shard = {name: [clip[name] for clip in index] for name in ("key", "first", "frames", "seconds")} | {"bad": bad}
-        write_atomic(path.with_suffix(".npy"), lambda file: np.save(file, frames))
-        write_atomic(path, lambda file: file.write(json.dumps(shard).encode()))  # last: marks it done
-        return bad
-
-    with ThreadPoolExecutor(1) as pool:
-        job = None
-        for messages, path in zip(load_shards(shards, encoder, cfg, device, bar), paths):
-            if job is not None:
-                yield job.result()
-            job = pool.submit(encode, messages, path)
-        if job is not None:
-            yield job.result()
-
-
-def check_cache(folder, identity):
-    """Refuse to add to a cache that was made with another encoder or front end."""
-    path = folder / "cache.json"
-    if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if differing := [k for k in identity if k != "encoder.name" and found.get(k) != identity[k]]:
-            raise ValueError(
-                f"{folder}: this cache was made with another {', '.join(differing)} (there "
-                f"{', '.join(f'{k}={found.get(k)}' for k in differing)}); give another cache.dir or delete this one"
-            )
+def save_shard(path, clips, items, outputs, reasons):
+    """Tensors under their number among the clips that were encoded; all else in the metadata."""
+    kept = sorted(outputs)
+    rows = [(clips[n].key, clips[n].stamp, len(outputs[n]), round(items[n][1], 3)) for n in kept]
+    dropped = [(clips[n].key, clips[n].stamp, reason) for n, reason in sorted(reasons.items())]
+    tensors = {str(number): outputs[n] for number, n in enumerate(kept)}
+    metadata = {"clips": json.dumps(rows), "dropped": json.dumps(dropped)}
+    content = safetensors.torch.save(tensors, metadata)
+    model.save_atomic(path, lambda file: file.write(content))
 
 
 def main(cfg):
     started = time.time()
-    device, dtype = pick_device(cfg)
-    rank, world = rank_and_world()
-    clips = list_clips(cfg)
-    encoder = model.load_encoder(cfg["encoder.name"], cfg["encoder.language"], cfg["encoder.text_norm"],
-                                 cfg["adaptor.keep_query_frames"], cfg["encoder.pad_to_30s"]).to(device)
-    size = cfg["cache.shard_clips"]
-    shards = [clips[start : start + size] for start in range(0, len(clips), size)]
-    identity = {f"encoder.{key}": value for key, value in encoder.identity.items()}
-    sizes = [Path(c["source"]).stat().st_size if Path(c["source"]).is_file() else 0 for c in clips]
-    listed = model.hash_text([[c["key"], c["speed"], n_bytes] for c, n_bytes in zip(clips, sizes)])
-    identity |= {"format": 2, "list of clips": listed, "shard_clips": size, "seed": cfg["seed"], "dtype": str(dtype),
-                 "data.min_s": cfg["data.min_s"], "data.max_s": cfg["data.max_s"]}
-    folder = Path(cfg["cache.dir"])
-    folder.mkdir(parents=True, exist_ok=True)
-    check_cache(folder, identity)
+    model.at_least(1, cfg, "cache.shard_clips")
+    model.at_least(0, cfg, "workers", "data.max_dropped")
+    # one process may have all the work left while the others wait for it
+    device, dtype, rank, world = model.start(cfg, wait=timedelta(hours=12))
+    amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    folder = Path(cfg.cache.dir)
     if rank == 0:
-        write_atomic(folder / "cache.json", lambda file: file.write(json.dumps(identity, indent=1).encode()))
-        print(f"{len(clips)} clips in {len(shards)} shards -> {folder} | {cfg['encoder.name']} W={encoder.width} "
-              f"{encoder.frame_ms:g} ms | {device} {dtype} | torch {torch.__version__}", flush=True)
-    if dtype == torch.bfloat16:
-        model.store_bf16(encoder)
-    paths = {number: folder / f"shard-{number:05d}.json" for number in range(rank, len(shards), world)}
-    wanted = [number for number, path in paths.items() if not path.is_file()]
-    done = [json.loads(path.read_text(encoding="utf-8"))["bad"] for path in paths.values() if path.is_file()]
-    bar = tqdm(total=sum(len(shards[number]) for number in wanted), unit="clip", disable=rank != 0 or None)
-    n_bad, encoded = 0, encode_shards([shards[number] for number in wanted], [paths[number] for number in wanted],
-                                      encoder, cfg, device, dtype, bar)
-    for bad in itertools.chain(done, encoded):
-        n_bad += len(bad)
-        if n_bad > cfg["data.max_bad"]:
-            write_bad(folder, len(shards))
-            raise ValueError(f"{n_bad} clips cannot be used, more than data.max_bad={cfg['data.max_bad']}; "
-                             f"the last is {bad[-1]['key']}: {bad[-1]['reason']}")
-    bar.close()
+        model.lock_folder(folder)
+    manifests, clips = list_clips(cfg)
+    encoder = model.freeze(model.load_encoder(**cfg.encoder)).to(device)
+
+    settings = {"seed": cfg.seed, "dtype": str(dtype), "min_s": cfg.data.min_s}
+    identity = {"encoder": encoder.identity, "settings": settings | {"max_s": cfg.data.max_s}}
+    if (folder / "cache.json").exists():
+        found = model.EncoderCache(folder).identity
+        model.check_identity(found, identity, f"{folder} (give another cache.dir, or delete it)")
+    if rank == 0:
+        model.save(folder / "cache.json", {"format": model.FORMAT} | identity)
+        remove_stale(clips, folder)
+    if world > 1:
+        dist.barrier()
+    shards = plan_shards(clips, folder, cfg.cache.shard_clips)
+    if world > 1:
+        dist.barrier()  # nobody writes before all have planned the same
+    mine = dict(list(shards.items())[rank::world])
+    if rank == 0:
+        print(
+            f"{len(clips)} clips, {sum(map(len, shards.values()))} of them to encode in "
+            f"{len(shards)} shards -> {folder} | {cfg.encoder.name}, W={encoder.width}, "
+            f"{encoder.frame_ms:g} ms | {device} {dtype} | torch {torch.__version__}", flush=True,
+        )  # fmt: skip
+
+    pending = [clip for shard in mine.values() for clip in shard]
+    workers = cfg.workers if pending else 0
+    starts = itertools.accumulate(map(len, mine.values()), initial=0)
+    messages = [
+        range(at, min(at + MESSAGE, first + len(shard)))
+        for first, shard in zip(starts, mine.values(), strict=False)
+        for at in range(first, first + len(shard), MESSAGE)
+    ]
+    loader = torch.utils.data.DataLoader(
+        Clips(pending, manifests, encoder, cfg), batch_sampler=messages, collate_fn=list,
+        num_workers=workers, multiprocessing_context="fork" if workers else None,
+        # the next shard is read while one is encoded
+        prefetch_factor=2 + cfg.cache.shard_clips // MESSAGE // workers if workers else None,
+    )  # fmt: skip
+    items = itertools.chain.from_iterable(loader)
+    items = iter(tqdm(items, total=len(pending), unit="clip", disable=rank != 0 or None))
+    n_dropped = 0
+    for path, shard in mine.items():
+        read = list(itertools.islice(items, len(shard)))
+        outputs, reasons = encode(shard, read, encoder, cfg, device, amp)
+        save_shard(path, shard, read, outputs, reasons)
+        n_dropped += len(reasons)
+        if n_dropped > cfg.data.max_dropped:
+            break
     if world > 1:
         dist.barrier()
     if rank == 0:
-        finish(folder, len(shards), started)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        finish(folder, clips, cfg.data.max_dropped, started)
 
 
-def write_bad(folder, n_shards):
-    """bad.jsonl from the shards that are there. Output: their indices, and all bad rows."""
-    paths = [folder / f"shard-{number:05d}.json" for number in range(n_shards)]
-    parts = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
-    bad = [row for part in parts for row in part["bad"]]
-    write_atomic(folder / "bad.jsonl", lambda file: file.writelines(json.dumps(row).encode() + b"\n" for row in bad))
-    return parts, bad
-
-
-def finish(folder, n_shards, started):
-    """Write bad.jsonl and say what the cache holds."""
-    parts, bad = write_bad(folder, n_shards)
-    hours = sum(sum(part["seconds"]) for part in parts) / 3600
+def finish(folder, clips, max_dropped, started):
+    """Write dropped.jsonl, say what the cache holds; UserError if too much was left out."""
+    wanted, hours, dropped = {clip.key for clip in clips}, 0.0, []
+    for path in sorted(folder.glob("shard-*.safetensors")):
+        kept, out = read_index(path)
+        hours += sum(row[3] for row in kept) / 3600
+        dropped += [{"key": key, "reason": reason} for key, _, reason in out if key in wanted]
+    model.save(folder / "dropped.jsonl", dropped)
     seconds = time.time() - started
-    count, frames = sum(len(part["key"]) for part in parts), sum(sum(part["frames"]) for part in parts)
-    print(f"cached {count} clips, {hours:.2f} h, {frames} frames; {len(bad)} left out (bad.jsonl); {seconds:.0f} s, "
-          f"{hours * 3600 / seconds:.0f} audio s per s")
-    for row in bad[:5]:
-        print(f"  left out: {row['key']}: {row['reason']}")
+    print(f"{folder}: {hours:.2f} h cached, {len(dropped)} clips left out; {seconds:.0f} s")
+    if len(dropped) > max_dropped:
+        last = f"{dropped[-1]['key']}: {dropped[-1]['reason']}"
+        many = f"{len(dropped)} clips cannot be used, more than data.max_dropped={max_dropped}"
+        raise model.UserError(f"{many}; the last is {last}; see {folder}/dropped.jsonl")
 
 
 if __name__ == "__main__":
-    run_main(main, DEFAULTS, __doc__)
+    former = {"adaptor.keep_query_frames": "encoder.keep_query_frames"}
+    model.run_main(main, DEFAULTS, __doc__, "batch_s", aliases=former)
