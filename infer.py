@@ -682,7 +682,7 @@ class Journal:
 def main(cfg):
     model.one_of(("llm", "ctc"), cfg, "decode.readout")
     model.at_least(0, cfg, "workers", "max_dropped", "batch_s", "decode.ctc_weight")
-    device, dtype, _, _ = model.start(cfg)
+    device, dtype, _, _ = model.start(cfg.device, cfg.dtype)
     amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     outputs = [Path(name) for name in model.as_list(cfg.out)]
     for path in outputs:

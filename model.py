@@ -194,36 +194,36 @@ def run_main(main, defaults, doc, batch_key="batch_size", **spelling):
 # ---- processes and files ----------------------------------------------------
 
 
-def start(cfg, wait=timedelta(minutes=10)):
-    """Join torchrun's group, if it started this process; keys `device` and `dtype` of cfg.
+def start(device="auto", dtype="auto", wait=timedelta(minutes=10)):
+    """Join torchrun's group, if it started this process.
 
-    wait    how long a process waits for another one before it gives up.
+    Input   device: auto, cpu, cuda or cuda:N; dtype: auto (bf16 on a GPU), fp32, bf16 or fp16;
+            wait: how long a process waits for another one before it gives up.
     Output  device, dtype of frozen weights and autocast, rank, world size.
     """
-    one_of(("auto", "fp32", "bf16"), cfg, "dtype")
-    if cfg.device not in ("auto", "cpu") and not cfg.device.startswith("cuda"):
-        raise UserError(f"device: expected auto, cpu or cuda, got {cfg.device!r}")
-    on_gpu = cfg.device.startswith("cuda") or cfg.device == "auto" and torch.cuda.is_available()
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if dtype not in ("auto", *dtypes):
+        raise UserError(f"dtype: expected auto, {', '.join(dtypes)}, got {dtype!r}")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise UserError(f"device: expected auto, cpu or cuda, got {device!r}")
+    on_gpu = device.startswith("cuda") or device == "auto" and torch.cuda.is_available()
     if on_gpu and not torch.cuda.is_available():
-        raise UserError(f"device={cfg.device}, but torch sees no GPU; set device=cpu")
+        raise UserError(f"device={device}, but torch sees no GPU; set device=cpu")
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=wait)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if not on_gpu:
-        dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
-        return torch.device("cpu"), dtype, rank, world
+        return torch.device("cpu"), dtypes.get(dtype, torch.float32), rank, world
     local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    device = torch.device(cfg.device if ":" in cfg.device else local)
+    device = torch.device(device if ":" in device else local)
     torch.cuda.set_device(device)
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    if cfg.dtype != "fp32" and not has_bf16:
+    if dtype in ("auto", "bf16") and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"{torch.cuda.get_device_name()} has no bf16; set dtype=fp32")
-    dtype = torch.float32 if cfg.dtype == "fp32" else torch.bfloat16
-    # what stays fp32 beside bf16 may be rounded to TF32
-    torch.set_float32_matmul_precision("highest" if cfg.dtype == "fp32" else "high")
+    # what stays fp32 beside half precision may be rounded to TF32
+    torch.set_float32_matmul_precision("highest" if dtype == "fp32" else "high")
     # cuDNN's attention plans anew for every shape, and has given NaN gradients under a mask
     torch.backends.cuda.enable_cudnn_sdp(False)
-    return device, dtype, rank, world
+    return device, dtypes.get(dtype, torch.bfloat16), rank, world
 
 
 def save(path, content):

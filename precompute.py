@@ -200,7 +200,7 @@ def main(cfg):
     model.at_least(1, cfg, "cache.shard_clips")
     model.at_least(0, cfg, "workers", "data.max_dropped")
     # one process may have all the work left while the others wait for it
-    device, dtype, rank, world = model.start(cfg, wait=timedelta(hours=12))
+    device, dtype, rank, world = model.start(cfg.device, cfg.dtype, timedelta(hours=12))
     amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     folder = Path(cfg.cache.dir)
     if rank == 0:

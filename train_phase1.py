@@ -310,7 +310,7 @@ def build(cfg, width, table, train, state):
 
 def main(cfg):
     check(cfg)
-    device, dtype, rank, world = model.start(cfg)
+    device, dtype, rank, world = model.start(cfg.device, cfg.dtype)
     amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     folder, cache = Path(cfg.run.dir), model.EncoderCache(cfg.cache.dir)
     table, tokenizer = load_embedding(cfg.llm.name)

@@ -302,7 +302,7 @@ def build(cfg, llm, tokenizer, train, settings, width, state):
 
 def main(cfg):
     check(cfg)
-    device, dtype, rank, world = model.start(cfg)
+    device, dtype, rank, world = model.start(cfg.device, cfg.dtype)
     amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     folder, cache, lora = Path(cfg.run.dir), model.EncoderCache(cfg.cache.dir), None
     torch.manual_seed(cfg.seed)
