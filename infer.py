@@ -6,9 +6,9 @@
     python report.py aishell.jsonl                            # a page to read and listen
 
 INPUT   audio files, folders (searched at any depth), manifests (.jsonl, Kaldi, data_aishell:test)
-Needs   model.dir: run.dir of train_phase2.py, train_steermoe.py, finetune_encoder.py, or
-        Fun-ASR-Nano's own folder; or adaptor.file: a published state dict alone, described by
-        encoder.*, llm.* and adaptor.*
+Needs   model.dir: run.dir of train_phase2.py, train_steermoe.py or finetune_encoder.py,
+        Fun-ASR-Nano's own folder, or configs/published with the published adaptor beside its
+        config.json
 Output  by the endings in `out`; without, transcripts are printed
         .jsonl  a line as soon as a recording is done: key, source, text, duration_s, segments
                 (start, end, text, words); ctc_text, encoder_text (SenseVoice's own CTC),
@@ -29,6 +29,7 @@ Source  prompt, adaptor, CTC and splice are model.py's, as in training. The orig
 
 import functools
 import importlib
+import itertools
 import json
 import math
 import os
@@ -38,6 +39,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,23 +55,11 @@ import model
 DEFAULTS = """
 inputs: []               # what stands on the command line without "="
 model:
-  dir: ""
-adaptor:                 # with file, a state dict such as the published adaptor_phase2_final.pt
-  file: ""
-  hidden_dim: 2048
-  num_layers: 4
-  num_heads: 8
-  stack: 1
-  pre_norm: false
-encoder:                 # model.dir knows all but where a model has been moved to
-  name: ""
-  language: auto
-  text_norm: woitn
-  keep_query_frames: false   # true for the published adaptor
-  pad_to_30s: false
+  dir: ???
+encoder:
+  name: ""               # hub name or folder, where it is not what config.json says
 llm:
   name: ""
-  system: null
 prompt: ""               # "": the clip's own, or that of training
 language: ""             # takes the place of {language} in the prompt; "": the clip's own
 hotwords: ""             # names that may occur, commas between
@@ -93,7 +83,6 @@ seed: 0
 device: auto
 dtype: auto
 """
-PUBLISHED_PROMPT = "这是一段中文语音，请转录："  # of the original release, for adaptor.file
 SCRIPTS = ("train_steermoe", "finetune_encoder")  # that bring a listener of their own
 AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".sph", ".w64")
 ENDINGS = (".jsonl", ".txt", ".srt", ".json")
@@ -128,11 +117,11 @@ class Clip:
 
 def list_rows(inputs, cache_dir):
     """Inputs -> rows with a key that no other has, and what a manifest says."""
-    rows, seen = [], set()
+    rows, seen = [], Counter()
     for name in inputs:
         path, folder = Path(name), name.rpartition(":")[0]
-        kaldi, aishell = (path / "wav.scp").is_file(), bool(folder) and Path(folder).is_dir()
-        if path.suffix == ".jsonl" or kaldi or aishell:
+        aishell = bool(folder) and Path(folder).is_dir()
+        if aishell or path.suffix == ".jsonl" or (path / "wav.scp").is_file():
             found = model.read_manifest(name, cache_dir).to_list()
         elif path.is_dir():
             files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in AUDIO]
@@ -142,11 +131,9 @@ def list_rows(inputs, cache_dir):
         else:
             raise model.UserError(f"{name}: no such file, folder or manifest")
         for row in found:
-            key, number = row["key"], 2
-            while row["key"] in seen:
-                row["key"], number = f"{key}-{number}", number + 1
-            seen.add(row["key"])
-            rows.append(row | {"speech": row["source"]})
+            seen[row["key"]] += 1
+            key = row["key"] if seen[row["key"]] == 1 else f"{row['key']}-{seen[row['key']]}"
+            rows.append(row | {"key": key, "speech": row["source"]})
     if not rows:
         raise model.UserError("nothing to transcribe: give audio files, folders or manifests")
     return rows
@@ -240,50 +227,50 @@ def load_listener(cfg, device, dtype):
     read_ctc(classes) -> text (None without CTC), spell(text) -> [(class, its text)] or None where
     CTC cannot, blank; position_s, seconds of a CTC position; about: what was loaded.
     """
-    folder, released = Path(cfg.model.dir), (Path(cfg.model.dir) / "model.pt").is_file()
-    if cfg.adaptor.file:
-        config, weights = read_described(cfg), Path(cfg.adaptor.file)
-    elif not cfg.model.dir or not (released or (folder / "config.json").is_file()):
+    folder, script = Path(cfg.model.dir), "finetune_encoder"  # also of Fun-ASR-Nano's own folder
+    config = {}
+    if (folder / "config.json").is_file() and not (folder / "model.pt").is_file():
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        script = config.get("script")
+    elif not (folder / "model.pt").is_file():
         raise model.UserError(f"model.dir={folder}: no model there; give the run.dir of a training")
-    else:
-        path = folder / "config.json"
-        config = {} if released else json.loads(path.read_text(encoding="utf-8"))
-        script = "finetune_encoder" if released else config.get("script")
-        if script in SCRIPTS:
-            if not Path(__file__).with_name(f"{script}.py").is_file():
-                raise model.UserError(f"{folder}: needs {script}.py beside infer.py")
-            return importlib.import_module(script).load_listener(folder, cfg, device, dtype)
-        if config.get("format") != model.FORMAT or script != "train_phase2":
-            raise model.UserError(f"{folder}: made by an earlier layout, or not for infer.py")
-        weights = folder / "adaptor_phase2_final.pt"
-    found, llm_settings = config["encoder"], config["settings"]
-    names = {"keep_query_frames": found.get("query_frames", False)}
-    names |= {k: found[k] for k in ("language", "text_norm", "pad_to_30s") if k in found}
-    encoder = model.freeze(model.load_encoder(cfg.encoder.name or found["name"], **names))
-    lora = weights.with_name("lora")
-    llm, tokenizer = model.load_llm(
-        cfg.llm.name or config["llm"]["name"], dtype, device, lora if lora.is_dir() else None
-    )
+    if script == "train_phase2" and config.get("format") == model.FORMAT:
+        return load_adaptor_listener(folder, config, cfg, device, dtype)
+    if script not in SCRIPTS:
+        raise model.UserError(f"{folder}: made by an earlier layout, or not for infer.py")
+    if not Path(__file__).with_name(f"{script}.py").is_file():
+        raise model.UserError(f"{folder}: needs {script}.py beside infer.py")
+    return importlib.import_module(script).load_listener(folder, cfg, device, dtype)
+
+
+def load_adaptor_listener(folder, config, cfg, device, dtype):
+    """The listener of train_phase2.py: encoder, adaptor, CTC head (or None), LLM with its LoRA."""
+    found, settings = config["encoder"], config["settings"]
+    options = {key: found[key] for key in ("language", "text_norm", "pad_to_30s") if key in found}
+    options["keep_query_frames"] = found.get("query_frames", False)
+    name, lora = cfg.encoder.name or found["name"], folder / "lora"
+    encoder = model.freeze(model.load_encoder(name, **options)).to(device)
+    lora = lora if lora.is_dir() else None
+    llm, tokenizer = model.load_llm(cfg.llm.name or config["llm"]["name"], dtype, device, lora)
     loaded = {"encoder": encoder.identity, "llm": llm.identity}
-    model.check_identity({k: config[k] for k in loaded if len(config[k]) > 1}, loaded, weights)
-    table = llm.get_input_embeddings().weight
+    model.check_identity(config, loaded, f"{folder} (give encoder.name or llm.name)")
+    table, path = llm.get_input_embeddings().weight, folder / "adaptor_phase2_final.pt"
     adaptor = model.AudioAdaptor(encoder.width, table.shape[1], **config["adaptor"])
-    model.load_weights(adaptor, model.read_weights(weights), weights)
-    adaptor, encoder = model.freeze(adaptor).to(device), encoder.to(device)
-    ctc = None
-    if (path := weights.with_name("ctc_head.pt")).is_file() and not cfg.adaptor.file:
+    model.load_weights(adaptor, model.read_weights(path), path)
+    model.freeze(adaptor).to(device)
+    ctc, own_ctc = None, sensevoice_ctc(name, encoder, device)
+    if (path := folder / "ctc_head.pt").is_file():
         ctc = model.freeze(model.CTCHead.load(path, table)).to(device)
-    own_ctc = sensevoice_ctc(cfg.encoder.name or found["name"], encoder, device)
-    speech = llm_settings["speech"]
 
     def hear(feats, lens):
         enc, lens = encoder(feats, lens)
-        return model.hear(adaptor, ctc, enc.float(), lens, speech), own_ctc and own_ctc(enc, lens)
+        heard = model.hear(adaptor, ctc, enc.float(), lens, settings["speech"])
+        return heard, own_ctc and own_ctc(enc, lens)
 
     def prompt(row):
-        text = cfg.prompt or row.get("prompt") or llm_settings["prompt"]
+        text = cfg.prompt or row.get("prompt") or settings["prompt"]
         rest = cfg.language or row.get("language"), cfg.hotwords or row.get("hotwords")
-        return model.build_prompt(tokenizer, text, *rest, llm_settings["system"])
+        return model.build_prompt(tokenizer, text, *rest, settings["system"])
 
     def spell(text):
         ids = model.text_to_ids(tokenizer, [text])[0]
@@ -296,19 +283,8 @@ def load_listener(cfg, device, dtype):
         stop_id=model.end_of_turn(tokenizer), spell=spell, blank=ctc and ctc.blank,
         read_ctc=ctc and (lambda path: tokenizer.decode(ctc.tokens(path)).strip()),
         position_s=encoder.frame_ms * adaptor.stack / 1000,
-        about=f"encoder {encoder.identity['name']}, LLM {llm.identity['name']}",
+        about=f"encoder {name}, LLM {llm.identity['name']}",
     )  # fmt: skip
-
-
-def read_described(cfg):
-    """A state dict without config.json: what it is stands in this configuration."""
-    if not cfg.encoder.name or not cfg.llm.name:
-        raise model.UserError("adaptor.file comes without config.json: give encoder.name, llm.name")
-    adaptor = {key: value for key, value in cfg.adaptor.items() if key != "file"}
-    encoder = dict(cfg.encoder) | {"query_frames": cfg.encoder.keep_query_frames}
-    settings = {"prompt": PUBLISHED_PROMPT, "system": cfg.llm.system, "speech": "frames"}
-    llm = {"name": cfg.llm.name}
-    return {"encoder": encoder, "llm": llm, "adaptor": adaptor, "settings": settings}
 
 
 def sensevoice_ctc(name, encoder, device):
@@ -447,18 +423,15 @@ def next_draft(answer, rest):
 
 
 def decode_penalised(llm, clips, stop_id, options):
-    """Answers of transformers' `generate`, one by one: the original release's way."""
-    answers = []
-    for clip in clips:
-        inputs = spliced(llm, [clip], pad_left=True)
-        ids = llm.generate(
-            inputs_embeds=inputs.embeds, attention_mask=inputs.mask, max_new_tokens=clip.cap,
-            eos_token_id=stop_id, pad_token_id=stop_id, do_sample=False,
-            repetition_penalty=options.repetition_penalty,
-            no_repeat_ngram_size=options.no_repeat_ngram_size,
-        )  # fmt: skip
-        answers.append([token for token in ids[0].tolist() if token != stop_id])
-    return answers
+    """Answers of transformers' `generate`, with the original release's penalties."""
+    inputs = spliced(llm, clips, pad_left=True)
+    ids = llm.generate(
+        inputs_embeds=inputs.embeds, attention_mask=inputs.mask, do_sample=False,
+        max_new_tokens=max(clip.cap for clip in clips), eos_token_id=stop_id, pad_token_id=stop_id,
+        repetition_penalty=options.repetition_penalty,
+        no_repeat_ngram_size=options.no_repeat_ngram_size,
+    )  # fmt: skip
+    return [list(itertools.takewhile(lambda token: token != stop_id, row)) for row in ids.tolist()]
 
 
 def choose(answer, clip, listener, weight):
@@ -647,32 +620,26 @@ def text_line(line):
     return "\t".join(" ".join(field.split()) for field in fields)
 
 
-class Journal:
-    """The .jsonl, appended to as recordings are done, so that a run goes on where it was killed.
+def open_lines(path, about):
+    """Lines of an unfinished run of the same kind, or none; after that, .jsonl can be appended to.
 
-    NAME.unfinished beside it says what an unfinished run was about; another one starts anew.
+    NAME.unfinished beside it says what an unfinished run is about.
     """
+    mark, lines = path.with_suffix(".unfinished"), []
+    if path.is_file() and mark.is_file() and mark.read_text() == about:
+        texts = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = [json.loads(text) for text in texts if text.endswith("}\n")]
+    model.save(path, lines)  # without a last line that was cut off
+    model.save(mark, about)
+    return lines
 
-    def __init__(self, path, about):
-        self.path, self.mark = path, path.with_name(f"{path.stem}.unfinished")
-        self.lines = []
-        if path.is_file() and self.mark.is_file() and self.mark.read_text() == about:
-            found = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            self.lines = [json.loads(text) for text in found if text.endswith("}\n")]
-        model.save(path, self.lines)
-        model.save(self.mark, about)
 
-    def add(self, line):
-        self.lines.append(line)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-    def finish(self, keys):
-        """Lines in the order of the inputs."""
-        place = {key: n for n, key in enumerate(keys)}
-        self.lines.sort(key=lambda line: place[line["key"]])
-        model.save(self.path, self.lines)
-        self.mark.unlink()
+def close_lines(path, lines, rows):
+    """The .jsonl in the order of the inputs, finished."""
+    place = {row["key"]: n for n, row in enumerate(rows)}
+    lines.sort(key=lambda line: place[line["key"]])
+    model.save(path, lines)
+    path.with_suffix(".unfinished").unlink()
 
 
 # ---- the run ----------------------------------------------------------------
@@ -698,9 +665,9 @@ def main(cfg):
     if cfg.decode.ctc_weight and getattr(listener, "ctc", None) is None:
         raise model.UserError("decode.ctc_weight: this model has no CTC head over the LLM's tokens")
     base = outputs[0] if outputs else Path(scratch.name) / "out"
-    about = {"config": {k: v for k, v in dict(cfg).items() if k != "out"}, "model": listener.about}
-    journal = Journal(base.with_suffix(".jsonl"), model.hash_text(str(about)))
-    done = {line["key"] for line in journal.lines}
+    jsonl, about = base.with_suffix(".jsonl"), str({k: v for k, v in cfg.items() if k != "out"})
+    lines = open_lines(jsonl, model.hash_text(about + listener.about))
+    done = {line["key"] for line in lines}
     waiting = [row for row in rows if row["key"] not in done]
     if listener.llm is not None:
         before, after = map(listener.tokenizer.decode, listener.prompt({}))
@@ -739,9 +706,11 @@ def main(cfg):
                     translate(batch, cfg.translate, listener)
             for clip in batch:
                 clip.feats = clip.speech = clip.log_probs = None  # what is done leaves the memory
-        for row, clips, seconds in recordings:
-            journal.add(make_line(row, clips, seconds))
-            heard_s += seconds
+        lines += [make_line(*recording) for recording in recordings]
+        with open(jsonl, "a", encoding="utf-8") as file:
+            for line in lines[len(lines) - len(recordings) :]:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        heard_s += sum(seconds for _, _, seconds in recordings)
         bar.update(len(items))
         if len(dropped) > cfg.max_dropped:
             break
@@ -754,8 +723,7 @@ def main(cfg):
     if len(dropped) > cfg.max_dropped:
         many = f"{len(dropped)} recordings cannot be used"
         raise model.UserError(f"{many}, more than max_dropped={cfg.max_dropped}")
-    journal.finish([row["key"] for row in rows])
-    lines = journal.lines
+    close_lines(jsonl, lines, rows)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory
     summary = {
@@ -790,5 +758,4 @@ def split_arguments(arguments):
 
 if __name__ == "__main__":
     sys.argv[1:] = split_arguments(sys.argv[1:])
-    former = {"adaptor.keep_query_frames": "encoder.keep_query_frames", "data.batch_s": "batch_s"}
-    model.run_main(main, DEFAULTS, __doc__, "batch_s", aliases=former)
+    model.run_main(main, DEFAULTS, __doc__, "batch_s")

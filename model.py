@@ -66,25 +66,25 @@ def load_config(arguments, defaults, aliases=None, optional=()):
     """
     config, aliases = OmegaConf.create(defaults), aliases or {}
     known = flatten(OmegaConf.to_container(config))
-    for argument in arguments:
-        if argument == "--config":
-            continue  # the file behind it is read as any other
-        argument = argument.removeprefix("--config=").lstrip("+")
-        key, equals, text = argument.partition("=")
-        if equals and not Path(argument).is_file():
-            where, given = f"argument {argument}", {key: text}
-        else:
-            where, given = argument, flatten(read_yaml(argument))
-        for key, value in given.items():
-            key = aliases.get(key, key)
-            if key in optional and value in ("null", "~"):
-                OmegaConf.update(config, key, None)
-            elif key in known:
-                OmegaConf.update(config, key, convert(value, known[key], f"{where}: {key}"))
-            else:
-                nearest = difflib.get_close_matches(key, known, 1, 0.0)[0]
-                raise UserError(f"{where}: unknown key {key!r}; did you mean {nearest!r}?")
     try:
+        for argument in arguments:
+            if argument == "--config":
+                continue  # the file behind it is read as any other
+            argument = argument.removeprefix("--config=").lstrip("+")
+            key, equals, text = argument.partition("=")
+            if equals and not os.path.isfile(argument):  # Path.is_file refuses a long prompt
+                where, given = f"argument {argument}", {key: text}
+            else:
+                where, given = argument, flatten(read_yaml(argument), where=f"{argument}: ")
+            for key, value in given.items():
+                key = aliases.get(key, key)
+                if key in optional and value in ("null", "~"):
+                    OmegaConf.update(config, key, None)
+                elif key in known:
+                    OmegaConf.update(config, key, convert(value, known[key], f"{where}: {key}"))
+                else:
+                    nearest = difflib.get_close_matches(key, known, 1, 0.0)[0]
+                    raise UserError(f"{where}: unknown key {key!r}; did you mean {nearest!r}?")
         config = OmegaConf.to_container(config, resolve=True)  # ${...}
     except OmegaConfBaseException as error:
         raise UserError(f"configuration: {str(error).splitlines()[0]}") from error
@@ -112,7 +112,7 @@ class NoDoubleKeys(yaml.BaseLoader):
     """Scalars stay text; a key given twice is an error, where PyYAML silently keeps the last."""
 
     def construct_scalar(self, node):
-        return node.value if node.value or node.style else "null"  # `key:` is null, `key: ""` is not
+        return node.value if node.value or node.style else "null"  # of `key:`, but not `key: ""`
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key) for key, _ in node.value]
@@ -123,14 +123,15 @@ class NoDoubleKeys(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
-def flatten(tree, prefix=""):
+def flatten(tree, prefix="", where=""):
     """Nested or dotted keys -> {dotted key: value}."""
     flat = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        found = flatten(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+        nested = isinstance(value, dict) and value
+        found = flatten(value, f"{name}.", where) if nested else {name: value}
         if twice := flat.keys() & found.keys():
-            raise UserError(f"{min(twice)} is given twice, nested and dotted")
+            raise UserError(f"{where}{min(twice)} is given twice, nested and dotted")
         flat |= found
     return flat
 
@@ -140,7 +141,7 @@ def convert(value, default, where):
     if isinstance(default, list):
         kind, items = default[0] if default else "", as_list(value)
         return [item if isinstance(item, list) else convert(item, kind, where) for item in items]
-    if isinstance(value, list) and default == "???":
+    if isinstance(value, list) and isinstance(default, str):  # of paths, or an error further on
         return value
     if default is None and value in ("null", "~"):
         return None
@@ -302,19 +303,20 @@ def lock_folder(folder):
         raise UserError(f"{folder}: {owner} writes to it; wait, or give another one") from error
     os.ftruncate(file, 0)
     os.write(file, f"process {os.getpid()} of {socket.gethostname()}".encode())
-    for left in Path(folder).glob("*.tmp*"):  # of a killed process; this one is alone here
+    for left in Path(folder).glob("*.tmp[0-9]*"):  # of a killed process; this one is alone here
         left.unlink()
 
 
 def check_identity(found, wanted, where):
     """Settings that decide what weights mean must agree: others give noise, not an error.
 
-    Input   {section: {name: value}}; only sections of both count, and a `name` (a path) may differ.
+    Input   {section: {key: value}}; only what both have counts, and a `name` (a path) may differ.
     """
     for section in wanted.keys() & found.keys():
         then, now = found[section], wanted[section]
-        changed = [key for key in now if key != "name" and then.get(key) != now[key]]
-        said = ", ".join(f"{key} was {then.get(key)}, is {now[key]}" for key in changed)
+        both = then.keys() & now.keys() - {"name"}
+        changed = sorted(key for key in both if then[key] != now[key])
+        said = ", ".join(f"{key} was {then[key]}, is {now[key]}" for key in changed)
         if changed:
             raise UserError(f"{where}: was made with another {section}: {said}")
 
@@ -384,13 +386,14 @@ def open_audio(source):
         source = source["path"] if source.get("bytes") is None else source["bytes"]
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
-        with file, soundfile.SoundFile(file) as audio:
-            yield audio
-    except (soundfile.LibsndfileError, RuntimeError) as error:
-        reason = str(error).rpartition(">: ")[2]
-        raise AudioError(f"not readable as audio ({reason or error})") from error
     except (OSError, TypeError) as error:  # TypeError: no audio at all
         raise AudioError(f"cannot be opened ({getattr(error, 'strerror', 'null')})") from error
+    try:
+        with file, soundfile.SoundFile(file) as audio:
+            yield audio
+    except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:  # TypeError: a .raw
+        reason = str(error).rpartition(">: ")[2]
+        raise AudioError(f"not readable as audio ({reason or error})") from error
 
 
 def load_audio(source, rate):
@@ -409,7 +412,7 @@ def load_audio(source, rate):
             samples = audio.read(dtype="float32", always_2d=True)
         # libsndfile notes a chunk shorter than promised; a writer into a pipe promises 2 or 4 GB
         sizes = r"(?:data|SSND|Data Size|riff|Riff size)\s*: (\d+) \(should be (\d+)\)"
-        short = [int(a) < int(b) < 0x7FFFF000 for a, b in re.findall(sizes, notes)]
+        short = [int(real) < int(said) < 0x7FFFF000 for said, real in re.findall(sizes, notes)]
         if len(samples) < frames or any(short):
             raise AudioError(f"truncated, {len(samples)} samples are left of what its header says")
     if not len(samples):
@@ -484,7 +487,7 @@ def kaldi_fbank(wave, rate=16000, key="", dither=1.0):
     if len(wave) < rate // 40:
         raise AudioError(f"{len(wave) / rate:.3f} s is shorter than one 25 ms window")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(hash_text(key)[:15], 16))
+        torch.default_generator.manual_seed(int(hash_text(key)[:15], 16))  # not the GPUs' too
         return torchaudio.compliance.kaldi.fbank(
             wave.float()[None] * 32768, num_mel_bins=80, dither=dither, energy_floor=0.0,
             window_type="hamming", sample_frequency=rate,
@@ -1518,7 +1521,7 @@ class EncoderCache:
 
     def clips(self, shard):
         """Rows [key, stamp, frames, seconds] of the clips of a shard, by number."""
-        return json.loads(open_shard(self.paths[shard]).metadata()["clips"])
+        return json.loads(open_shard(self.paths[shard]).metadata()["rows"])["clips"]
 
     def index(self):
         """{key: (shard, number, frames, seconds)}."""

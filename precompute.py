@@ -100,8 +100,8 @@ def file_stamp(path):
 
 def read_index(path):
     """Rows [key, stamp, ...] of the clips in a shard, and of those left out of it."""
-    metadata = model.open_shard(path).metadata()
-    return json.loads(metadata["clips"]), json.loads(metadata["dropped"])
+    rows = json.loads(model.open_shard(path).metadata()["rows"])
+    return rows["clips"], rows["dropped"]
 
 
 def read_stamps(folder):
@@ -190,7 +190,8 @@ def save_shard(path, clips, items, outputs, reasons):
     rows = [(clips[n].key, clips[n].stamp, len(outputs[n]), round(items[n][1], 3)) for n in kept]
     dropped = [(clips[n].key, clips[n].stamp, reason) for n, reason in sorted(reasons.items())]
     tensors = {str(number): outputs[n] for number, n in enumerate(kept)}
-    metadata = {"clips": json.dumps(rows), "dropped": json.dumps(dropped)}
+    # one entry: safetensors writes several in an order of its own each time
+    metadata = {"rows": json.dumps({"clips": rows, "dropped": dropped})}
     content = safetensors.torch.save(tensors, metadata)
     model.save_atomic(path, lambda file: file.write(content))
 

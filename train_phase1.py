@@ -316,7 +316,7 @@ def main(cfg):
     table, tokenizer = load_embedding(cfg.llm.name)
     weights = model.hash_tensors({"embed": table.bfloat16()})
     identity = {"encoder": cache.encoder, "llm": {"name": cfg.llm.name, "weights": weights}}
-    identity["adaptor"] = dict(cfg.adaptor)
+    identity["adaptor"] = {key: v for key, v in cfg.adaptor.items() if key != "dropout"}
     state = model.open_run(folder, cfg, identity, cfg.run.resume, rank, world)
     rest = (cache, tokenizer, cfg.data.cache_dir or folder.parent / "manifests", cfg.data.normalize)
     train = model.cached_clips(cfg.data.train, *rest, cfg.data.speed)

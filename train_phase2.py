@@ -68,10 +68,10 @@ llm:
     targets: [q_proj, v_proj]
 adaptor:
   train: true            # false: only LoRA trains
+  dropout: 0.1
   hidden_dim: 2048       # this and what follows: without init.dir
   num_layers: 4
   num_heads: 8
-  dropout: 0.1
   stack: 1               # encoder frames of an LLM position
   pre_norm: false
 loss:
@@ -262,7 +262,7 @@ def check(cfg):
 
 def adaptor_settings(cfg, identity):
     """Settings of the adaptor: those of phase 1, or without it those of this configuration."""
-    own = {key: value for key, value in cfg.adaptor.items() if key != "train"}
+    own = {key: v for key, v in cfg.adaptor.items() if key not in ("train", "dropout")}
     if not cfg.init.dir:
         return own
     found = json.loads((Path(cfg.init.dir) / "config.json").read_text(encoding="utf-8"))
@@ -277,7 +277,8 @@ def build(cfg, llm, tokenizer, train, settings, width, state):
     """Phase2: adaptor and CTC head of phase 1, of `state` (their classes), or new ones."""
     table, first = llm.get_input_embeddings().weight, Path(cfg.init.dir)
     rms = model.embedding_rms(table)
-    adaptor = model.AudioAdaptor(width, table.shape[1], **settings, embedding_rms=rms)
+    rest = settings | {"dropout": cfg.adaptor.dropout, "embedding_rms": rms}
+    adaptor = model.AudioAdaptor(width, table.shape[1], **rest)
     if cfg.init.dir:
         path = first / "adaptor_cached.pt"
         model.load_weights(adaptor, model.read_weights(path), path)

@@ -1,0 +1,43 @@
+"""What all tests share: the root on the path, one thread, small twins of the released models."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+import make_twins  # noqa: E402  (needs the path above)
+
+torch.set_num_threads(1)  # on small tensors two threads mostly wait for each other
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def rng():
+    return torch.Generator().manual_seed(0)
+
+
+def twin(make):
+    """A fixture of the session: the folder that `make(folder)` fills, never written to again."""
+
+    @pytest.fixture(scope="session")
+    def folder(tmp_path_factory):
+        path = tmp_path_factory.mktemp(make.__name__)
+        make(path)
+        return path
+
+    return folder
+
+
+sensevoice_folder = twin(make_twins.sensevoice_folder)
+nano_folder = twin(make_twins.nano_folder)
+official_folder = twin(make_twins.official_folder)
+whisper_folder = twin(make_twins.whisper_folder)
+parakeet_folder = twin(make_twins.parakeet_folder)
+qwen3_folder = twin(make_twins.qwen3_folder)
