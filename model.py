@@ -263,7 +263,7 @@ def read_weights(path, mmap=False):
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         weights.keys()
     except Exception as error:  # torch and pickle raise many types; the remedy is the same
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
         raise UserError(f"{path}: not a plain state dict, not loaded ({reason})") from error
     return weights
 
@@ -354,7 +354,7 @@ def log_metrics(folder, writer, step, values):
 
     writer  a SummaryWriter; None in all processes but one, which then do nothing.
     """
-    values = {name: round(float(value), 6) for name, value in values.items()}
+    values = {name: float(f"{float(value):.7g}") for name, value in values.items()}
     check_gradient(values.get("grad_norm", 0.0), step)
     if writer is None:
         return
@@ -1133,6 +1133,7 @@ def load_llm(name, dtype=torch.float32, device="cpu", lora=None):
             wrapper = peft.get_peft_model(llm, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
         else:
             wrapper = peft.PeftModel.from_pretrained(llm, lora)
+        wrapper.peft_config["default"].base_model_name_or_path = str(name)
         llm.__dict__["peft"] = wrapper.eval()  # past nn.Module: the LLM is a part of its wrapper
     llm.identity = {"name": str(name), "weights": weights}
     return llm.to(device), tokenizer

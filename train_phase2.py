@@ -29,6 +29,8 @@ Logged  ce (nats per label token), acc (share of label tokens predicted right, t
 import contextlib
 import json
 import math
+import os
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -439,7 +441,11 @@ def save_results(phase, cfg, folder, identity):
     if phase.ctc is not None:
         model.save(folder / "ctc_head.pt", phase.ctc.state_dict())
     if cfg.llm.lora.r:
-        phase.llm.peft.save_pretrained(folder / "lora")
+        (folder / "lora").mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as new:  # its files are whole when they move
+            phase.llm.peft.save_pretrained(new, save_embedding_layers=False)
+            for path in Path(new).iterdir():
+                os.replace(path, folder / "lora" / path.name)
     settings = OmegaConf.to_container(cfg)["llm"] | {"normalize": cfg.data.normalize}
     content = {"format": model.FORMAT, "script": "train_phase2", "settings": settings}
     model.save(folder / "config.json", content | identity)
