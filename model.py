@@ -404,8 +404,8 @@ def load_audio(source, rate):
     """
     if isinstance(source, dict) and source.get("array") is not None:
         samples, own_rate = np.asarray(source["array"]), int(source["sampling_rate"])
-        scale = 2.0 ** (8 * samples.dtype.itemsize - 1) if samples.dtype.kind == "i" else 1.0
-        samples = (samples / scale).astype(np.float32)[:, None]  # int16: / 32768
+        scale = {"int16": 2.0**15, "int64": 2.0**15, "int32": 2.0**31}  # int64: a list of numbers
+        samples = (samples / scale.get(samples.dtype.name, 1.0)).astype(np.float32)[:, None]
     else:
         with open_audio(source) as audio:
             frames, own_rate, notes = audio.frames, audio.samplerate, audio.extra_info
@@ -832,6 +832,7 @@ class ParakeetEncoder(SpeechEncoder):
 
     def forward(self, feats, lens):
         mask = length_mask(lens, feats.shape[1], feats.device)
+        feats = feats.masked_fill(~mask[..., None], 0.0)  # its first convolution looks past the end
         return self.net(feats, attention_mask=mask).last_hidden_state, self.out_lens(lens)
 
 
@@ -843,7 +844,7 @@ def load_encoder(
     Input   name: iic/SenseVoiceSmall, FunAudioLLM/Fun-ASR-Nano-2512, any Whisper or Parakeet of
             transformers, or a folder. language, text_norm and keep_query_frames concern
             SenseVoiceSmall, pad_to_30s Whisper.
-    Output  SpeechEncoder, fp32, on the CPU; `freeze` it unless it is to be trained.
+    Output  SpeechEncoder, fp32, on the CPU, in eval mode; `freeze` it unless it is to be trained.
     Raises  UserError naming what is missing.
     """
     folder = find_model(name)
@@ -858,7 +859,7 @@ def load_encoder(
     else:
         raise UserError(f"{name}: has neither config.yaml (FunASR) nor config.json (transformers)")
     encoder.identity["name"] = str(name)
-    return encoder
+    return encoder.eval()
 
 
 # ---- adaptor ----------------------------------------------------------------
@@ -1365,6 +1366,7 @@ def error_rate(references, hypotheses, normalize=normalize_text, characters=None
 # ---- manifests --------------------------------------------------------------
 
 FIELDS = ("key", "source", "target", "language", "prompt", "hotwords", "question", "where")
+AISHELL_TEXT = "transcript/aishell_transcript_v0.8.txt"
 
 
 def read_manifest(spec, cache_dir, columns=("audio", "text", "question")):
@@ -1382,14 +1384,15 @@ def read_manifest(spec, cache_dir, columns=("audio", "text", "question")):
     datasets.disable_progress_bars()
     path, (folder, _, part) = Path(spec), str(spec).rpartition(":")
     if folder and Path(folder).is_dir():
-        rows, files = aishell_rows, sorted(Path(folder, "wav", part).glob("*/*.wav"))
+        files = [Path(folder, AISHELL_TEXT), *sorted(Path(folder, "wav", part).glob("*/*.wav"))]
+        rows = aishell_rows
     elif (path / "wav.scp").is_file():
         rows, files = kaldi_rows, [path / "wav.scp", path / "text"]
     elif path.is_file():
         rows, files = jsonl_rows, [path]
     else:
         return read_table(str(spec), cache_dir, columns)
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
     features = datasets.Features({name: datasets.Value("string") for name in FIELDS})
     try:
         return datasets.Dataset.from_generator(
@@ -1467,7 +1470,7 @@ def kaldi_rows(folder):
 def aishell_rows(spec):
     """AISHELL-1 as it unpacks; the few clips without a transcript have an empty target."""
     folder, _, part = spec.rpartition(":")
-    lines = read_lines(f"{folder}/transcript/aishell_transcript_v0.8.txt")
+    lines = read_lines(f"{folder}/{AISHELL_TEXT}")
     texts = {key: "".join(words) for key, *words in (line.split() for _, line in lines)}
     for path in sorted(Path(folder, "wav", part).glob("*/*.wav")):
         row = {"key": path.stem, "source": str(path), "target": texts.get(path.stem, "")}

@@ -102,10 +102,10 @@ dtype: auto              # of autocast; trainable weights are fp32 always
 class Batch:
     enc: torch.Tensor  # (B, T, W) encoder outputs, zeros where padded
     lens: torch.Tensor  # (B,)
-    ids: list  # of the texts of all processes' clips of this step, this process's from `first` on
+    rows: dict  # lists of B: ids (of the transcript), target, seconds
+    texts: list  # ids of the transcripts of all processes, this process's from `first` on
     first: int
     sizes: list  # clips of each process
-    seconds: float
     epoch: int
     used: int  # groups of the epoch that are then behind us
 
@@ -123,18 +123,18 @@ class Clips(torch.utils.data.Dataset):
 
     def __getitem__(self, place):
         epoch, number, group = place
-        mine, sizes = group[self.rank], [len(batch) for batch in group]
+        mine = group[self.rank]
         rows = self.rows[mine]
         frames = list(map(self.cache.read, rows["shard"], rows["number"]))  # each (T, W) fp16
         if self.augment is not None:
             seeds = [[self.seed, epoch, clip] for clip in mine]
             frames = [augment(x, self.augment, s) for x, s in zip(frames, seeds, strict=True)]
+        sizes = [len(batch) for batch in group]
         return Batch(
             enc=pad_sequence(frames, batch_first=True).float(),
-            lens=torch.tensor([len(x) for x in frames]),
-            ids=[ids for batch in group for ids in self.rows[batch]["ids"]],
-            first=sum(sizes[: self.rank]), sizes=sizes, seconds=sum(rows["seconds"]),
-            epoch=epoch, used=number + 1,
+            lens=torch.tensor([len(x) for x in frames]), rows=rows, epoch=epoch, used=number + 1,
+            texts=[ids for batch in group for ids in self.rows[batch]["ids"]], sizes=sizes,
+            first=sum(sizes[: self.rank]),
         )  # fmt: skip
 
 
@@ -155,28 +155,32 @@ def augment(frames, settings, seed):
 
 
 class Phase1(nn.Module):
-    """Adaptor, CTC head (or None) and temperature: all that trains, so that DDP wraps one."""
+    """Adaptor, CTC head (or None) and temperature, on the LLM's frozen embeddings table (V, D)."""
 
-    def __init__(self, adaptor, ctc, temperature):
+    def __init__(self, adaptor, ctc, table, tokenizer, cfg):
         super().__init__()
-        self.adaptor, self.ctc = adaptor, ctc
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+        self.adaptor, self.ctc, self.table, self.tokenizer = adaptor, ctc, table, tokenizer
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(cfg.loss.temperature)))
 
     def pool(self, enc, lens):
         """emb (B, S, D), lens, and the unit vector (B, D) of each clip's mean."""
         emb, lens = self.adaptor(enc, lens)
         return emb, lens, F.normalize(emb.float().sum(1), dim=-1)  # of the sum, as of the mean
 
-    def forward(self, enc, batch, text, text_ids, targets):
-        """Sums over this process's clips: InfoNCE and CTC in nats; clips that CTC leaves out."""
+    def forward(self, enc, batch):
+        """Sums over this process's clips: InfoNCE and CTC (nats); clips that CTC leaves out."""
         emb, lens, audio = self.pool(enc, batch.lens)
         with torch.autocast(emb.device.type, enabled=False):  # bf16 cosines are off by 0.002
             temperature = self.log_temperature.exp()
+            texts = pool_texts(batch.texts, self.table)
             everyone = gather_rows(audio, batch.sizes)
-            nce = info_nce(audio, everyone, text, text_ids, batch.first, temperature)
-        if self.ctc is None:
-            return nce, nce.detach() * 0.0, 0
-        return nce, *model.ctc_loss(self.ctc(emb), lens, targets, self.ctc.blank)
+            nce = info_nce(audio, everyone, *texts, batch.first, temperature)
+        ctc, impossible = nce.detach() * 0.0, 0
+        if self.ctc is not None:
+            classes = [self.ctc.classes(row) for row in batch.rows["ids"]]
+            ctc, impossible = model.ctc_loss(self.ctc(emb), lens, classes, self.ctc.blank)
+        temperature = temperature.detach()
+        return {"nce": nce, "ctc": ctc, "impossible": impossible, "temperature": temperature}
 
 
 def gather_rows(x, sizes):
@@ -209,7 +213,8 @@ def pool_texts(ids, table):
     flat = torch.tensor([token for row in ids for token in row])
     starts = torch.tensor([0, *map(len, ids[:-1])]).cumsum(0)
     text_ids = torch.tensor([hash(tuple(row)) for row in ids])
-    flat, starts, text_ids = (x.to(table.device, non_blocking=True) for x in (flat, starts, text_ids))
+    on_cpu = (flat, starts, text_ids)
+    flat, starts, text_ids = (x.to(table.device, non_blocking=True) for x in on_cpu)
     return F.normalize(F.embedding_bag(flat, table, starts, mode="mean"), dim=-1), text_ids
 
 
@@ -241,48 +246,46 @@ def learning_rate(step, total, optim):
 
 
 @torch.no_grad()
-def validate(phase, rows, cache, table, tokenizer, cfg, device, amp, rank, world):
-    """Scores over clips of valid, which the processes share; [error, loss], of which the least is
-    the best; read-outs [(target, text)]."""
+def validate(phase, rows, cache, cfg, device, amp, rank, world):
+    """Scores over clips of valid, which the processes share; [error rate, loss], of which the least
+    is the best; read-outs [(target, CTC's text)]."""
     phase.eval()
     chosen = np.unique(np.linspace(0, len(rows) - 1, cfg.run.valid_clips).astype(int))
     order = chosen[np.argsort(np.asarray(rows["frames"])[chosen])][rank::world]  # little padding
     found = []
     for batch in np.array_split(order, max(1, -(-len(order) // 64))):
         batch = Clips(rows, cache, 0, 0)[0, 0, [batch.tolist()]]
+        enc, ids = batch.enc.to(device), batch.rows["ids"]
         with amp:
-            emb, lens, audio = phase.pool(batch.enc.to(device), batch.lens)
-        losses, paths = [0.0] * len(lens), [[]] * len(lens)
+            emb, lens, audio = phase.pool(enc, batch.lens)
+        losses, read = [0.0] * len(enc), [""] * len(enc)
         if phase.ctc is not None:
             log_probs = phase.ctc(emb)
-            paths = model.ctc_paths(log_probs.argmax(-1), lens, phase.ctc.blank)
-            targets = map(phase.ctc.classes, batch.ids)
-            each = zip(log_probs.split(1), lens.split(1), targets, strict=True)
+            each = zip(log_probs.split(1), lens.split(1), map(phase.ctc.classes, ids), strict=True)
             losses = [float(model.ctc_loss(x, n, [t], phase.ctc.blank)[0]) for x, n, t in each]
-        found += zip(batch.ids, paths, losses, audio.cpu(), strict=True)
+            paths = model.ctc_paths(log_probs.argmax(-1), lens, phase.ctc.blank)
+            read = phase.tokenizer.batch_decode([phase.ctc.tokens(path) for path in paths])
+        found += zip(batch.rows["target"], read, ids, losses, audio.cpu(), strict=True)
     parts = [found] * world
     if world > 1:
         dist.all_gather_object(parts, found)
     phase.train()
-    ids, paths, losses, audio = zip(*(row for part in parts for row in part), strict=True)
-    (text, text_ids), audio = pool_texts(ids, table.cpu()), torch.stack(audio)
+    targets, read, ids, losses, audio = zip(*(row for part in parts for row in part), strict=True)
+    (text, text_ids), audio = pool_texts(ids, phase.table.cpu()), torch.stack(audio)
     temperature = phase.log_temperature.detach().exp().cpu()
     nce = float(info_nce(audio, audio, text, text_ids, 0, temperature)) / len(ids)
-    scores = {"valid_loss": cfg.loss.contrastive_weight * nce}
+    ctc = sum(losses) / len(losses)
+    scores = {"valid_loss": cfg.loss.contrastive_weight * nce + cfg.loss.ctc_weight * ctc}
     for way, matrix in (("a2t", audio @ text.T), ("t2a", text @ audio.T)):
         for k in (1, 5):
             nearest = matrix.topk(min(k, len(matrix)), dim=1).indices  # (N, k)
             right = (text_ids[nearest] == text_ids[:, None]).any(1)
             scores[f"r{k}_{way}"] = float(right.float().mean())
-    error, pairs = 1 - scores["r1_a2t"], []
+    error = 1 - scores["r1_a2t"]
     if phase.ctc is not None:
-        scores["valid_loss"] += cfg.loss.ctc_weight * sum(losses) / len(losses)
-        read = [phase.ctc.tokens(path) for path in paths]
-        texts = (tokenizer.batch_decode(rows) for rows in (list(ids), read))
-        pairs = [(said.strip(), read.strip()) for said, read in zip(*texts, strict=True)]
-        found = model.error_rate(*zip(*pairs, strict=True))
-        error = scores[f"ctc_{found['name']}"] = found["rate"]
-    return scores, [error, scores["valid_loss"]], pairs
+        score = model.error_rate(targets, read)
+        error = scores[f"ctc_{score['name']}"] = score["rate"]
+    return scores, [error, scores["valid_loss"]], list(zip(targets, read, strict=True))
 
 
 # ---- the run ----------------------------------------------------------------
@@ -296,16 +299,16 @@ def check(cfg):
     model.at_least(1e-3, cfg, "loss.temperature")
 
 
-def build(cfg, width, table, train, state):
+def build(cfg, table, tokenizer, train, width, state):
     """Phase1 from the start, or with the classes of CTC that `state` was trained with."""
-    torch.manual_seed(cfg.seed)
     rms = model.embedding_rms(table)
     adaptor = model.AudioAdaptor(width, table.shape[1], **cfg.adaptor, embedding_rms=rms)
     ctc = None
     if cfg.loss.ctc_weight:  # over the tokens of the training transcripts
         ids = train.data.column("ids").combine_chunks().flatten().to_numpy()
-        ctc = model.CTCHead(table, state["model"]["ctc.token_ids"] if state else np.unique(ids))
-    return Phase1(adaptor, ctc, cfg.loss.temperature).to(table.device)
+        tokens = state["trained"]["ctc.token_ids"] if state else np.unique(ids)
+        ctc = model.CTCHead(table, tokens)
+    return Phase1(adaptor, ctc, table, tokenizer, cfg).to(table.device)
 
 
 def main(cfg):
@@ -313,40 +316,43 @@ def main(cfg):
     device, dtype, rank, world = model.start(cfg.device, cfg.dtype)
     amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     folder, cache = Path(cfg.run.dir), model.EncoderCache(cfg.cache.dir)
+    torch.manual_seed(cfg.seed)
     table, tokenizer = load_embedding(cfg.llm.name)
     weights = model.hash_tensors({"embed": table.bfloat16()})
     identity = {"encoder": cache.encoder, "llm": {"name": cfg.llm.name, "weights": weights}}
-    identity["adaptor"] = {key: v for key, v in cfg.adaptor.items() if key != "dropout"}
+    settings = identity["adaptor"] = {key: v for key, v in cfg.adaptor.items() if key != "dropout"}
     state = model.open_run(folder, cfg, identity, cfg.run.resume, rank, world)
     rest = (cache, tokenizer, cfg.data.cache_dir or folder.parent / "manifests", cfg.data.normalize)
     train = model.cached_clips(cfg.data.train, *rest, cfg.data.speed)
     valid = model.cached_clips(cfg.data.valid, *rest)
 
-    table = table.to(device)
-    phase = build(cfg, cache.encoder["width"], table, train, state)
-    ctc, wrapped = phase.ctc, phase
-    if cfg.compile and device.type == "cuda" and cfg.adaptor.num_layers:
-        for layer in phase.adaptor.transformer.layers:  # torch's own compile by their forward only
-            layer.forward = torch.compile(layer.forward, dynamic=True)
+    phase = build(cfg, table.to(device), tokenizer, train, cache.encoder["width"], state)
+    if cfg.compile and device.type == "cuda":
+        for layer in phase.adaptor.transformer.layers if settings["num_layers"] else ():
+            layer.forward = torch.compile(layer.forward, dynamic=True)  # torch's own: by forward
+    wrapped = phase
     if world > 1:
         wrapped = nn.parallel.DistributedDataParallel(phase, broadcast_buffers=False)
-    trained = dict(phase.named_parameters())
+    trained = {name: p for name, p in phase.named_parameters() if p.requires_grad}
     matrices = {"params": [p for p in trained.values() if p.ndim > 1]}
     vectors = {"params": [p for p in trained.values() if p.ndim <= 1], "weight_decay": 0.0}
     optim = {"lr": cfg.optim.lr, "betas": (0.9, 0.98), "weight_decay": cfg.optim.weight_decay}
     optimizer = torch.optim.AdamW([matrices, vectors], **optim, fused=True)
     step, epoch, used, best, spent = 0, 0, 0, [math.inf, math.inf], 0.0
     if state:
-        model.load_weights(phase, state["model"], folder / "last.pt")
+        missing, unknown = phase.load_state_dict(state["trained"], strict=False)
+        if unknown or set(missing) & set(trained):
+            raise model.UserError(f"{folder}/last.pt does not fit this configuration")
         optimizer.load_state_dict(state["optimizer"])
         step, epoch, used = state["step"], state["epoch"], state["used"]
         best, spent = state["best"], state["spent"]
 
-    frames = np.asarray(train["frames"])
+    lengths = np.asarray(train["frames"])
+    budget = cfg.batch_frames
 
     def groups_of(epoch):
-        limits = (cfg.batch_frames, world, cfg.seed, epoch, cfg.batch_clips)
-        return model.length_batches(frames, *limits)
+        rest = (budget, world, cfg.seed, epoch, cfg.batch_clips)
+        return model.length_batches(lengths, *rest)
 
     total = cfg.optim.max_steps or cfg.optim.epochs * len(groups_of(0)) // cfg.optim.accum
     loader = iter(torch.utils.data.DataLoader(
@@ -359,10 +365,9 @@ def main(cfg):
         count = sum(p.numel() for p in trained.values())
         print(
             f"train {len(train)} clips, {sum(train['seconds']) / 3600:.2f} h an epoch, valid "
-            f"{len(valid)} | {total} steps of at most {cfg.batch_clips} clips and "
-            f"{cfg.batch_frames} frames x {world} x {cfg.optim.accum} | {count:,} trainable, CTC "
-            f"over {ctc and ctc.blank} tokens | {device} {dtype}, torch {torch.__version__}",
-            flush=True,
+            f"{len(valid)} | {total} steps of at most {cfg.batch_clips} clips and {budget} padded "
+            f"positions x {world} x {cfg.optim.accum} | {count:,} trainable | {device} {dtype}, "
+            f"torch {torch.__version__}, seed {cfg.seed}", flush=True,
         )  # fmt: skip
     phase.train()
     started = since = time.time()
@@ -376,18 +381,14 @@ def main(cfg):
         batches = [next(loader) for _ in range(cfg.optim.accum)]
         clips = sum(sum(batch.sizes) for batch in batches)  # of the step, of all processes
         for batch in batches:
-            ids = batch.ids[batch.first :][: len(batch.lens)]
-            targets = [ctc.classes(row) for row in ids] if ctc is not None else None
-            texts = pool_texts(batch.ids, table)
             waits = world > 1 and batch is not batches[-1]  # gradients are summed in the last one
             with wrapped.no_sync() if waits else contextlib.nullcontext():
                 with amp:
-                    enc = batch.enc.to(device, non_blocking=True)
-                    nce, ctc_sum, impossible = wrapped(enc, batch, *texts, targets)
-                loss = (cfg.loss.contrastive_weight * nce + cfg.loss.ctc_weight * ctc_sum) / clips
-                (loss * world).backward()  # DDP averages over processes; we want the sum
-            window.update(nce=nce.detach(), ctc=ctc_sum.detach(), clips=len(ids))
-            window.update(impossible=impossible, audio_s=batch.seconds)
+                    sums = wrapped(batch.enc.to(device, non_blocking=True), batch)
+                loss = cfg.loss.contrastive_weight * sums["nce"] + cfg.loss.ctc_weight * sums["ctc"]
+                (loss / clips * world).backward()  # DDP averages over processes; we want the sum
+            window.update(sums | {"nce": sums["nce"].detach(), "ctc": sums["ctc"].detach()})
+            window.update(clips=len(batch.lens), audio_s=sum(batch.rows["seconds"]))
         norm = nn.utils.clip_grad_norm_(trained.values(), cfg.optim.clip or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -397,23 +398,24 @@ def main(cfg):
         bar.update()
 
         if model.due(step, cfg.run.log_every, total):
-            row = window_row(window, cfg, lr, phase, time.time() - since)
+            row = window_row(window, cfg, lr, time.time() - since)
             model.log_metrics(folder, writer, step, row)
             window, since = Counter(), time.time()
         if model.due(step, cfg.run.valid_every, total):
-            rest = (valid, cache, table, tokenizer, cfg, device, amp, rank, world)
-            scores, score, pairs = validate(phase, *rest)
+            scores, score, found = validate(phase, valid, cache, cfg, device, amp, rank, world)
             model.log_metrics(folder, writer, step, scores)
             if rank == 0:
-                for target, text in pairs[:: max(1, len(pairs) // 2)]:
-                    tqdm.write(f"    said {target!r}, CTC reads {text!r}")
+                for target, text in found[:: max(1, len(found) // 2)]:
+                    tqdm.write(f"    said {target!r}, CTC reads {text.strip()!r}")
                 if score < best:
-                    save_results(phase, folder, identity)
+                    save_results(phase, cfg, folder, identity)
             best = min(best, score)
         if rank == 0 and model.due(step, cfg.run.save_every, total):
             model.check_gradient(norm, step)
+            kept = {*trained, "ctc.token_ids"}
+            weights = {name: w for name, w in phase.state_dict().items() if name in kept}
             state = {"format": model.FORMAT, "world": world, "identity": identity, "best": best}
-            state |= {"step": step, "epoch": epoch, "used": used, "model": phase.state_dict()}
+            state |= {"step": step, "epoch": epoch, "used": used, "trained": weights}
             state |= {"optimizer": optimizer.state_dict(), "config": OmegaConf.to_container(cfg)}
             model.save(folder / "last.pt", state | {"spent": spent + time.time() - started})
     bar.close()
@@ -422,21 +424,23 @@ def main(cfg):
         print(f"done: {step} steps, best {best[0]:.4f}, {seconds:.0f} s -> {folder}")
 
 
-def window_row(window, cfg, lr, phase, seconds):
+def window_row(window, cfg, lr, seconds):
     """Averages since the last log, of process 0."""
     nce, ctc = float(window["nce"]) / window["clips"], float(window["ctc"]) / window["clips"]
     loss = cfg.loss.contrastive_weight * nce + cfg.loss.ctc_weight * ctc
     row = {"loss": loss, "nce": nce, "ctc": ctc, "impossible": window["impossible"], "lr": lr}
-    row |= {"temperature": float(phase.log_temperature.detach().exp())}
     row |= {"grad_norm": float(window["grad_norm"]) / window["steps"]}
+    row |= {"temperature": float(window["temperature"]) / window["steps"] / cfg.optim.accum}
     return row | {"audio_s_per_s": window["audio_s"] / seconds}
 
 
-def save_results(phase, folder, identity):
-    model.save(folder / "config.json", {"format": model.FORMAT} | identity)
+def save_results(phase, cfg, folder, identity):
+    """Plain state dicts, and config.json: what they belong to."""
     model.save(folder / "adaptor_cached.pt", phase.adaptor.state_dict())
     if phase.ctc is not None:
         model.save(folder / "ctc_head.pt", phase.ctc.state_dict())
+    content = {"format": model.FORMAT, "script": "train_phase1"}
+    model.save(folder / "config.json", content | identity)
 
 
 if __name__ == "__main__":

@@ -346,10 +346,11 @@ def main(cfg):
     prompts = phase.prompts(train.select_columns(["prompt", "language", "hotwords"])[:])
     around = [len(a) + len(b) + len(c) + 1 for (a, b), c in zip(prompts, train["ids"], strict=True)]
     lengths = phase.adaptor.out_lens(np.asarray(train["frames"])) + np.asarray(around)
+    budget = cfg.batch_tokens
 
     def groups_of(epoch):
-        limits = (cfg.batch_tokens, world, cfg.seed, epoch, cfg.batch_clips)
-        return model.length_batches(lengths, *limits)
+        rest = (budget, world, cfg.seed, epoch, cfg.batch_clips)
+        return model.length_batches(lengths, *rest)
 
     total = cfg.optim.max_steps or cfg.optim.epochs * len(groups_of(0)) // cfg.optim.accum
     loader = iter(torch.utils.data.DataLoader(
@@ -362,10 +363,9 @@ def main(cfg):
         count = sum(p.numel() for p in trained.values())
         print(
             f"train {len(train)} clips, {sum(train['seconds']) / 3600:.2f} h an epoch, valid "
-            f"{len(valid)} | {total} steps of at most {cfg.batch_clips} clips and "
-            f"{cfg.batch_tokens} positions x {world} x {cfg.optim.accum} | {count:,} trainable, "
-            f"speech as {cfg.llm.speech} | {device} {dtype}, torch {torch.__version__}",
-            flush=True,
+            f"{len(valid)} | {total} steps of at most {cfg.batch_clips} clips and {budget} padded "
+            f"positions x {world} x {cfg.optim.accum} | {count:,} trainable | {device} {dtype}, "
+            f"torch {torch.__version__}, seed {cfg.seed}", flush=True,
         )  # fmt: skip
     phase.train()
     started = since = time.time()
@@ -400,7 +400,8 @@ def main(cfg):
         bar.update()
 
         if model.due(step, cfg.run.log_every, total):
-            model.log_metrics(folder, writer, step, window_row(window, lr, time.time() - since))
+            row = window_row(window, cfg, lr, time.time() - since)
+            model.log_metrics(folder, writer, step, row)
             window, since = Counter(), time.time()
         if model.due(step, cfg.run.valid_every, total):
             scores, score, found = validate(phase, valid, cache, cfg, device, amp, rank, world)
@@ -425,11 +426,11 @@ def main(cfg):
         print(f"done: {step} steps, best {best[0]:.4f}, {seconds:.0f} s -> {folder}")
 
 
-def window_row(window, lr, seconds):
+def window_row(window, cfg, lr, seconds):
     """Averages since the last log, of process 0."""
     ce, ctc = float(window["ce"]) / window["labels"], float(window["ctc"]) / window["clips"]
-    row = {"ce": ce, "acc": float(window["right"]) / window["labels"], "ctc": ctc}
-    row |= {"impossible": window["impossible"], "lr": lr}
+    acc = float(window["right"]) / window["labels"]
+    row = {"ce": ce, "acc": acc, "ctc": ctc, "impossible": window["impossible"], "lr": lr}
     row |= {"grad_norm": float(window["grad_norm"]) / window["steps"]}
     row |= {"positions": window["positions"] / window["steps"]}
     return row | {"audio_s_per_s": window["audio_s"] / seconds}

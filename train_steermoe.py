@@ -15,22 +15,20 @@ Loss    cross-entropy of the text and its end-of-turn token, summed over the lab
             inputs  [system, user: prompt | speech | assistant: | text, end of turn]
             labels  [-100                 | -100   | -100       | text, end of turn]
 
-Input   parquet_dirs, eval_dirs: folders of Parquet files or of save_to_disk, or manifests (JSONL,
-        Kaldi, data_aishell:train)
-Output  training.output_dir/steermoe.pt   plain state dict of what trains, best on eval_dirs
-        .../config.json                   all else that infer.py needs
-        .../last.pt to resume; metrics.jsonl, TensorBoard events, steering.jsonl, plots/*.png;
-        dropped.jsonl: clips left out, with the reason
-        mode=test: test.jsonl, test.json, test.dropped.jsonl beside them
+Input   parquet_dirs, eval_dirs: folders of Parquet files or of save_to_disk, or manifests
+Output  training.output_dir/steermoe.pt, config.json   what trains, as a plain state dict, best on
+        eval_dirs, and all else that infer.py needs; last.pt to resume; metrics.jsonl, TensorBoard
+        events, steering.jsonl, plots/*.png; dropped.jsonl, clips left out and why.
+        mode=test: test.jsonl, test.json beside them
 Papers  SteerMoE arXiv:2510.13558, SLAM-ASR arXiv:2402.08846. What differs from SteerMoE's code,
         and what its guide leaves open: docs/steermoe.md
 Logged  ce (nats per label token), acc (share of label tokens predicted right, teacher-forced),
-        eval_ce and eval_acc (the same on eval_dirs), wer_raw, wer, cer_raw, cer (greedy decoding;
-        raw as written, else lower case and no punctuation), error_rate (WER, CER for Chinese;
-        task=qa: 1 - exact_match), capped (answers cut at tokens_per_s), lr_*, grad_norm and
-        grad_norm_steering (means, before clipping), positions (of the LLM, per step),
-        audio_s_per_s. steering.jsonl, a row a layer: scale, norm of each V_e, mean gate of each
-        expert, entropy (nats) of the gates, top (share of frames that go to the layer's favourite)
+        eval_ce, eval_acc, wer, cer and wer_raw, cer_raw (as written), error_rate (WER, CER for
+        Chinese; task=qa: 1 - exact_match), capped (answers cut at tokens_per_s), eval_dropped,
+        lr_*, grad_norm and grad_norm_steering (means, before clipping), scale (of fp16's loss),
+        positions (of the LLM, per step), audio_s_per_s. steering.jsonl, for each layer: scale, norm
+        of each V_e, mean gate of each expert, entropy of the gates (nats), top (share of frames
+        whose highest gate is that of the layer's favourite)
 """
 
 import bisect
@@ -38,6 +36,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections import Counter
@@ -73,7 +72,7 @@ conformer_encoder:       # Parakeet or SenseVoice
 llm_decoder:
   model_name: ???
   max_length: 512        # most LLM positions of a training clip: prompt, speech and text
-  use_cache: true        # decoding keeps a key-value cache, also with false
+  use_cache: true        # decoding keeps a key-value cache, with false too
 steering:                # `steering: null`: none, the linear ablation
   num_experts: 8
   steering_scale: 0.1
@@ -102,22 +101,22 @@ question_column: question
 sample_rate: 16000       # of the encoder, checked; audio of any rate is resampled
 max_audio_length: 30.0   # seconds
 max_text_length: 448     # tokens
-filter_dataset: true     # leave training clips over one of the three limits out
+filter_dataset: true     # leave training clips out that are over one of the three limits
 normalize_text: true     # train on lower case without punctuation
 textual_prompt: "please transcribe the audio content into text: "
 system_prompt: null      # null: the chat template's own; "": an empty one
 adaptor: linear          # linear, or stack: stack_frames frames -> Linear -> GELU -> Linear
 stack_frames: 5
 stack_hidden: 2048
-max_prompt_tokens: 2048  # speech positions; what is longer is cut, and counted
+max_prompt_tokens: 2048  # speech positions; what is longer is cut
 use_adapter: true        # false: no projection, for an LLM as wide as the encoder
 pooling_kernel_size: 4   # frames; 1: no pooling
 pooling_position: 0      # behind the last layer: 0, or its number
 pooling_type: avg        # avg or max
 pad_to_30s: false        # Whisper: pad clips as in its training, at up to 10 times the cost
 max_steps: 0             # > 0: exactly so many, whatever epochs says
-logging_steps: 100
-eval_steps: 1000         # 0: at the end only, as save_steps
+logging_steps: 100       # 0: at the end only, as of the next two
+eval_steps: 1000
 save_steps: 1000
 save_total_limit: 2      # copies step-N.pt of last.pt that are kept; 0: last.pt alone
 eval_batch_size: 16
@@ -130,17 +129,18 @@ use_early_stopping: true       # where eval_dirs is given
 early_stopping_patience: 3     # evaluations without a better one
 max_dropped: 100         # stop when more clips than this cannot be read
 deepspeed_config: ""     # also --deepspeed_config FILE
-cache_dir: ""            # of tokenised manifests and durations; empty: beside output_dir
+cache_dir: ""            # of tokens and durations; empty: beside output_dir
 workers: 2               # processes that read audio and compute features
 resume: false
 seed: 0
 device: auto
 """
-SPELLINGS = {"fp16": "training.fp16"} | {
-    f"steering.{name}": f"training.{name}"
-    for name in ("steering_learning_rate", "router_learning_rate")
+SPELLINGS = {  # of the guide, beside ours
+    "fp16": "training.fp16",
+    "steering.steering_learning_rate": "training.steering_learning_rate",
+    "steering.router_learning_rate": "training.router_learning_rate",
 }
-SETTINGS = (  # they decide what the weights mean: kept in config.json, equal in training and use
+SETTINGS = (  # what decides what the weights mean: the same in training and use
     "task", "normalize_text", "textual_prompt", "system_prompt", "adaptor", "stack_frames",
     "stack_hidden", "max_prompt_tokens", "use_adapter", "pooling_kernel_size", "pooling_type",
     "pad_to_30s",
@@ -149,41 +149,41 @@ SETTINGS = (  # they decide what the weights mean: kept in config.json, equal in
 
 # ---- data -------------------------------------------------------------------
 
-CLIP_TEXTS = ("key", "where", "target", "language", "prompt", "hotwords", "question")
+TEXTS = ("key", "where", "target", "language", "prompt", "hotwords", "question")
 
 
 def list_clips(specs, cfg, tokenizer):
-    """Data sets -> (manifests, clips): the audio, and a table with a row for each of their rows.
+    """Data sets -> (manifests, with their audio; a table with a row for each of their rows).
 
-    Columns CLIP_TEXTS, ids, seconds by the header, reason (why it cannot be read, or ""). Made once
-    for each data set and kept: process 0 makes it, the others find it.
+    Columns TEXTS, ids, seconds by the header, reason (why it cannot be read, or ""). Made once for
+    each data set and kept in cache_dir: process 0 makes it, the others find it.
     """
     import datasets
 
-    kinds = {name: datasets.Value("string") for name in (*CLIP_TEXTS, "reason")}
+    kinds = {name: datasets.Value("string") for name in (*TEXTS, "reason")}
     kinds |= {"ids": datasets.List(datasets.Value("int32")), "seconds": datasets.Value("float64")}
-    folder = Path(cfg.cache_dir or Path(cfg.training.output_dir).parent / "manifests")
-    columns = cfg.audio_column, cfg.text_column, cfg.question_column
     made_of = [cfg.normalize_text, sorted(kinds), tokenizer.backend_tokenizer.to_str()]
+    folder = Path(cfg.cache_dir or Path(cfg.training.output_dir).parent / "manifests")
+    folder.mkdir(parents=True, exist_ok=True)
 
     def measure(rows):
-        found = {name: rows.get(name) or [None] * len(rows["where"]) for name in CLIP_TEXTS}
+        found = {name: rows.get(name) or [None] * len(rows["where"]) for name in TEXTS}
         found["target"] = [text or "" for text in rows["target"]]
         texts = [model.normalize_text(t) if cfg.normalize_text else t for t in found["target"]]
         found["ids"] = model.text_to_ids(tokenizer, [text.strip() for text in texts])
-        headers = [header(source) for source in rows.get("audio", rows.get("source"))]
-        seconds, reasons = zip(*headers, strict=True)
-        return found | {"seconds": seconds, "reason": reasons}
+        headers = [read_header(source) for source in rows.get("audio", rows.get("source"))]
+        return found | dict(zip(("seconds", "reason"), zip(*headers, strict=True), strict=True))
 
-    manifests, parts, rank = [], [], dist.get_rank() if dist.is_initialized() else 0
-    if dist.is_initialized():  # a corpus of Parquet takes longer to copy than a step may take
+    rank, manifests, parts = dist.get_rank() if dist.is_initialized() else 0, [], []
+    if dist.is_initialized():  # a first look at a corpus takes longer than a step may
         group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
         if rank > 0:
             dist.barrier(group)
     for spec in model.as_list(specs):
-        rows = model.read_manifest(spec, folder, columns)
+        rows = model.read_manifest(
+            spec, folder, (cfg.audio_column, cfg.text_column, cfg.question_column)
+        )
         mark = model.hash_text([rows._fingerprint, made_of])
-        folder.mkdir(parents=True, exist_ok=True)
         clips = rows.map(
             measure, batched=True, batch_size=64, remove_columns=rows.column_names,
             features=datasets.Features(kinds), new_fingerprint=mark,
@@ -198,8 +198,8 @@ def list_clips(specs, cfg, tokenizer):
     return manifests, datasets.concatenate_datasets(parts)
 
 
-def header(source):
-    """(seconds, why it cannot be read) of a path or of what a data set's audio column holds."""
+def read_header(source):
+    """(seconds, why it cannot be read) of a path, or of what a data set's audio column holds."""
     try:
         return model.audio_seconds(source), ""
     except model.AudioError as error:
@@ -210,15 +210,13 @@ def header(source):
 class Batch:
     feats: torch.Tensor  # (B, T, F), zeros where padded
     lens: torch.Tensor  # (B,)
-    rows: list  # of the table of clips; without ids where the audio cannot be read
+    rows: list  # of the table of clips; ids are empty where the audio cannot be read
     dropped: dict  # {key: reason} of those
     epoch: int
     used: int  # groups of the epoch that are then behind us
 
-    @property
-    def labels(self):
-        """Label tokens: of each text, and its end of turn."""
-        return sum(len(row["ids"]) + 1 for row in self.rows if row["ids"])
+    def __post_init__(self):  # label tokens: of each text, and its end of turn
+        self.labels = sum(len(row["ids"]) + 1 for row in self.rows if row["ids"])
 
     def pin_memory(self):
         self.feats = self.feats.pin_memory()
@@ -238,45 +236,46 @@ class Clips(torch.utils.data.Dataset):
         feats, dropped, rate = [], {}, self.encoder.sample_rate
         for n, row in zip(group[self.rank], rows, strict=True):
             part = bisect.bisect(self.ends, n)
-            source = self.manifests[part][n - self.ends[part]]
+            source = self.manifests[part][n - self.ends[part]]  # counted from its end
             try:
                 wave = model.load_audio(source.get("audio", source.get("source")), rate)
                 feats.append(self.encoder.features(wave, row["key"]))
-            except model.AudioError as error:  # silence without labels: all processes take a step
+            except model.AudioError as error:  # silence: every process has a batch in each step
                 feats.append(self.encoder.features(torch.zeros(rate)))
                 row["ids"], dropped[row["key"]] = [], f"{row['where']}: {error}"
         lens = torch.tensor([len(x) for x in feats])
-        return Batch(pad_sequence(feats, True), lens, rows, dropped, epoch, number + 1)
+        feats = pad_sequence(feats, batch_first=True)
+        return Batch(feats, lens, rows, dropped, epoch, number + 1)
 
 
 def select_clips(pipeline, clips, cfg):
     """Which clips are trained on.
 
-    Output  their numbers; LLM positions of all clips; {key: reason} of those that are over a limit,
-            and of those that cannot be read.
+    Output  their numbers, their LLM positions; {key: reason} of those that are over a limit, and of
+            those that cannot be read.
     """
     rows, encoder = clips.to_list(), pipeline.encoder
     samples = [round(row["seconds"] * encoder.sample_rate) for row in rows]
     speech = pipeline.trained.out_lens(np.array([encoder.num_frames(n) for n in samples]))
+    speech = np.minimum(speech, cfg.max_prompt_tokens).tolist()
     limits = "max_audio_length", "max_text_length", "llm_decoder.max_length"
-    limits = [(key, OmegaConf.select(cfg, key)) for key in limits]
+    limits = {key: OmegaConf.select(cfg, key) for key in limits}
     kept, positions, filtered, dropped = [], [], {}, {}
-    for n, (row, frames) in enumerate(zip(rows, speech.tolist(), strict=True)):
-        around = len(row["ids"]) + 1 + sum(map(len, pipeline.prompt(row)))
-        positions.append(min(frames, cfg.max_prompt_tokens) + around)
-        sizes = (row["seconds"], len(row["ids"]), positions[-1])
-        over = [f"{n:g} is over {k}" for n, (k, most) in zip(sizes, limits, strict=True) if n > most]
+    for n, row in enumerate(rows):
+        texts, count = (*pipeline.prompt(row), row["ids"]), len(row["ids"])
+        size = speech[n] + sum(map(len, texts)) + 1
+        found = zip(limits, (row["seconds"], count, size), strict=True)
+        over = [f"{value:g} is over {key}" for key, value in found if value > limits[key]]
         if row["reason"]:
             dropped[row["key"]] = f"{row['where']}: {row['reason']}"
-        elif not row["ids"] or over and cfg.filter_dataset:
+        elif not count or over and cfg.filter_dataset:
             filtered[row["key"]] = over[0] if over else "empty text"
         else:
             kept.append(n)
+            positions.append(size)
     if not kept:
         last = [*filtered.values(), *dropped.values()][-1]
         raise model.UserError(f"parquet_dirs: no clip is left to train on; the last: {last}")
-    if cut := sum(speech[kept] > cfg.max_prompt_tokens):
-        print(f"max_prompt_tokens: the speech of {cut} clips is cut to {cfg.max_prompt_tokens}")
     return np.array(kept), np.array(positions), filtered, dropped
 
 
@@ -311,20 +310,14 @@ class Steering(nn.Module):
         update = gates.to(h.dtype) @ self.vectors[layer].to(h.dtype)  # (B, T, D)
         return h + (self.scales[layer] * update).to(h.dtype)
 
-    def install(self, layers):
-        """Steer the output of each layer. Hooks: the encoder itself stays as it is."""
-        for number, layer in enumerate(layers):
-            layer.register_forward_hook(lambda _, args, h, n=number: self(n, h))
-
 
 def pool_frames(x, lens, kernel, kind):
     """Average or maximum ("avg", "max") of each `kernel` neighbouring frames, real ones only.
 
     Input   x (B, T, D), lens (B,).
-    Output  (B, S, D), S = ceil(T / kernel), zeros past the lens of then; lens (B,).
+    Output  (B, S, D), S = ceil(T / kernel), zeros where no frame is real; lens (B,).
     """
-    real = model.length_mask(lens, x.shape[1], x.device)
-    missing = -x.shape[1] % kernel
+    real, missing = model.length_mask(lens, x.shape[1], x.device), -x.shape[1] % kernel
     x = F.pad(x, (0, 0, 0, missing)).unflatten(1, (-1, kernel))  # (B, S, kernel, D)
     real = F.pad(real, (0, missing)).unflatten(1, (-1, kernel))[..., None]  # (B, S, kernel, 1)
     if kind == "avg":
@@ -339,46 +332,44 @@ class SteerMoE(nn.Module):
 
     Input   enc (B, T, D), lens (B,) of the encoder that it was made with.
     Output  emb (B, S, H), lens (B,), S <= max_prompt_tokens.
-    Raises  UserError for settings that encoder or LLM do not allow.
     """
 
     def __init__(self, encoder, llm_width, settings, embedding_rms=1.0):
         super().__init__()
-        self.settings, self.kernel = settings, settings.pooling_kernel_size
+        self.settings, width = settings, encoder.width
+        self.stack = settings.stack_frames if settings.adaptor == "stack" else 1
         if settings.adaptor == "stack":
-            sizes = settings.stack_hidden, 0, 1, 0.0, settings.stack_frames
+            sizes = settings.stack_hidden, 0, 1, 0.0, self.stack
             rest = {"embedding_rms": embedding_rms}
-            self.bridge = model.AudioAdaptor(encoder.width, llm_width, *sizes, **rest)
+            self.bridge = model.AudioAdaptor(width, llm_width, *sizes, **rest)
         elif settings.use_adapter:
-            self.bridge = nn.Linear(encoder.width, llm_width)
+            self.bridge = nn.Linear(width, llm_width)
             # frames of about unit variance then start as loud as the LLM's embeddings
             self.bridge.weight.data.mul_(3**0.5 * embedding_rms)
             self.bridge.bias.data.mul_(embedding_rms)
-        elif encoder.width == llm_width:
-            self.bridge = None
+        elif width == llm_width:
+            self.bridge = nn.Identity()
         else:
-            widths = f"the encoder is {encoder.width} wide, the LLM {llm_width}"
+            widths = f"the encoder is {width} wide, the LLM {llm_width}"
             raise model.UserError(f"use_adapter=false: {widths}")
-        self.steering = None
-        if settings.steering is not None:  # behind the bridge, which so starts alike without it
-            sizes = len(encoder.layers), settings.steering.num_experts, encoder.width
-            rest = settings.steering.steering_scale, settings.steering.use_layer_scales
-            self.steering = Steering(*sizes, *rest)
-            self.steering.install(encoder.layers)
+        self.steering, own = None, settings.steering
+        if own is not None:  # behind the bridge, which so starts alike without steering
+            sizes = len(encoder.layers), own.num_experts, width
+            self.steering = Steering(*sizes, own.steering_scale, own.use_layer_scales)
+            for number, layer in enumerate(encoder.layers):  # by hooks: the encoder stays as it is
+                layer.register_forward_hook(lambda _, args, h, n=number: self.steering(n, h))
 
     def out_lens(self, lens):
         """Encoder frames -> LLM positions, before the cut to max_prompt_tokens."""
-        lens = -(-lens // self.kernel)
-        return self.bridge.out_lens(lens) if self.settings.adaptor == "stack" else lens
+        return -(-lens // self.settings.pooling_kernel_size + self.stack - 1) // self.stack
 
     def forward(self, enc, lens):
-        if self.kernel > 1:
-            enc, lens = pool_frames(enc, lens, self.kernel, self.settings.pooling_type)
+        most, kernel = self.settings.max_prompt_tokens, self.settings.pooling_kernel_size
+        enc, lens = pool_frames(enc, lens, kernel, self.settings.pooling_type)
         if self.settings.adaptor == "stack":
             emb, lens = self.bridge(enc, lens)
         else:
-            emb = enc if self.bridge is None else self.bridge(enc)  # (B, S, H)
-        most = self.settings.max_prompt_tokens
+            emb = self.bridge(enc)  # (B, S, H)
         return emb[:, :most], lens.clamp(max=most)
 
 
@@ -397,7 +388,7 @@ class Pipeline(nn.Module):
         self.identity["settings"] = OmegaConf.to_container(settings)
 
     def prompt(self, row):
-        """Token ids before and after the speech of a clip, whose own prompt takes ours' place."""
+        """Token ids before and after the speech of a clip; its own prompt goes before ours."""
         text = row.get("prompt") or self.settings.textual_prompt
         text += row["question"] if self.settings.task == "qa" else ""
         rest = row.get("language"), row.get("hotwords"), self.settings.system_prompt
@@ -409,7 +400,7 @@ class Pipeline(nn.Module):
         return model.splice(embed, list(prompts), *speech, targets, pad_left)
 
     def forward(self, feats, batch):
-        """Sums over the batch: CE (nats) and right tokens; number of LLM positions."""
+        """Sums over the batch: CE (nats), right tokens, LLM positions. No ids: no label."""
         targets = [[*row["ids"], self.stop_id] if row["ids"] else [] for row in batch.rows]
         spliced = self.splice(feats, batch, targets)
         ce, _, right = model.transcript_loss(self.llm, spliced)
@@ -425,23 +416,33 @@ def model_settings(cfg):
     return OmegaConf.create(settings)
 
 
-def build(settings, encoder_name, llm_name, device, dtype, llm_device=None):
+def build(settings, encoder_name, llm_name, dtype, device, llm_device):
     encoder = model.load_encoder(encoder_name, pad_to_30s=settings.pad_to_30s)
     encoder = model.freeze(encoder).to(device)
-    llm, tokenizer = model.load_llm(llm_name, dtype, llm_device or device)
+    llm, tokenizer = model.load_llm(llm_name, dtype, llm_device)
     table = llm.get_input_embeddings().weight
-    rest = settings, model.embedding_rms(table)
-    trained = SteerMoE(encoder, table.shape[1], *rest).to(device)
+    trained = SteerMoE(encoder, table.shape[1], settings, model.embedding_rms(table)).to(device)
     return Pipeline(encoder, trained, llm, tokenizer, settings)
 
 
+def load_trained(pipeline, folder):
+    """Weights of a training into a pipeline of the same models and settings."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise model.UserError(f"{folder}: no config.json; it has to be a training's output_dir")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    model.check_identity(found, pipeline.identity, folder)
+    path = folder / "steermoe.pt"
+    model.load_weights(pipeline.trained, model.read_weights(path), path)
+
+
 def load_listener(folder, cfg, device, dtype):
-    """What infer.py hears with: see infer.load_listener."""
+    """What infer.py hears with; see infer.load_listener."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("format") != model.FORMAT:
         raise model.UserError(f"{folder}: made by an earlier layout; train it again")
     names = [cfg[part].name or config[part]["name"] for part in ("encoder", "llm")]
-    pipeline = build(OmegaConf.create(config["settings"]), *names, device, dtype)
+    pipeline = build(OmegaConf.create(config["settings"]), *names, dtype, device, device)
     load_trained(pipeline, folder)
     model.freeze(pipeline.trained)
     own = {name: cfg[name] for name in ("prompt", "language", "hotwords") if cfg[name]}
@@ -453,20 +454,9 @@ def load_listener(folder, cfg, device, dtype):
     return SimpleNamespace(
         encoder=pipeline.encoder, hear=hear, prompt=lambda row: pipeline.prompt(row | own),
         llm=pipeline.llm, tokenizer=pipeline.tokenizer, stop_id=pipeline.stop_id,
-        ctc=None, read_ctc=None, spell=lambda text: None, blank=None, position_s=None,
+        ctc=None, read_ctc=None, spell=None, blank=None, position_s=None,
         about=f"SteerMoE {folder}, encoder {names[0]}, LLM {names[1]}",
     )  # fmt: skip
-
-
-def load_trained(pipeline, folder):
-    """Weights of a finished run into a pipeline of the same models and settings."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise model.UserError(f"{folder}: no config.json; it has to be a training's output_dir")
-    found = json.loads(path.read_text(encoding="utf-8"))
-    model.check_identity(found, pipeline.identity, folder)
-    path = folder / "steermoe.pt"
-    model.load_weights(pipeline.trained, model.read_weights(path), path)
 
 
 # ---- optimizer --------------------------------------------------------------
@@ -502,33 +492,33 @@ def learning_rate(step, total, warmup_steps):
 
 def take_step(loss, trained, optimizer, scaler, engine, cfg):
     """Backward pass, clipping of steering, then of all, step. Output: norms before clipping."""
-    if engine is not None:
+    if engine:
         engine.backward(loss)
         engine.step()  # clips all gradients together
         return {"grad_norm": engine.get_global_grad_norm() or 0.0}
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)  # the norm of real gradients is clipped, not of scaled ones
-    norms, steering, limit = {}, trained.steering, cfg.training.gradient_clipping
-    if steering is not None:
+    norms = {}
+    if trained.steering is not None:
         clips = cfg.clip_steering_gradients and cfg.steering.use_gradient_clipping
-        own = cfg.steering.steering_gradient_clip if clips else 0.0
-        norm = nn.utils.clip_grad_norm_(steering.parameters(), own or math.inf)
+        limit = cfg.steering.steering_gradient_clip if clips else 0.0
+        norm = nn.utils.clip_grad_norm_(trained.steering.parameters(), limit or math.inf)
         norms["grad_norm_steering"] = norm
-    norms["grad_norm"] = nn.utils.clip_grad_norm_(trained.parameters(), limit or math.inf)
-    scaler.step(optimizer)  # fp16: steps that overflow are left out
+    limit = cfg.training.gradient_clipping or math.inf
+    norms["grad_norm"] = nn.utils.clip_grad_norm_(trained.parameters(), limit)
+    scaler.step(optimizer)  # fp16: a step that overflows is left out
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return norms
+    return {name: norm.nan_to_num(0.0, 0.0) if scaler.is_enabled() else norm for name, norm in norms.items()}
 
 
 def recompute(layer):
     """Compute a frozen layer again in the backward pass; transformers' own way is off in eval."""
-    forward = layer.forward
+    forward, how = layer.forward, {"use_reentrant": False, "preserve_rng_state": False}
 
     def run(*args, **kwargs):
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        how = {"use_reentrant": False, "preserve_rng_state": False}
         return checkpoint(forward, *args, **how, **kwargs)
 
     layer.forward = run
@@ -542,21 +532,13 @@ def gate_usage(steering, lens):
     gates = torch.stack(steering.seen).double().cpu()  # (L, B, T, E)
     lens = lens + gates.shape[2] - lens.max()  # SenseVoice's query frames stand in front
     gates = gates[:, model.length_mask(lens, gates.shape[2])]  # (L, real frames, E)
-    chosen = F.one_hot(gates.argmax(-1), gates.shape[-1]).double().mean(1)  # (L, E)
+    favourite = F.one_hot(gates.argmax(-1), gates.shape[-1]).double().mean(1).amax(-1)
     columns = {
         "scale": steering.scales, "norms": steering.vectors.norm(dim=-1), "gates": gates.mean(1),
-        "entropy": -torch.xlogy(gates, gates).sum(-1).mean(1), "top": chosen.amax(-1),
+        "entropy": -torch.xlogy(gates, gates).sum(-1).mean(1), "top": favourite,
     }  # fmt: skip
-    columns = {name: x.detach().double().cpu().round(decimals=6) for name, x in columns.items()}
-    return [{"layer": n} | {k: x[n].tolist() for k, x in columns.items()} for n in range(len(gates))]
-
-
-def log_gates(folder, writer, step, layers):
-    with open(folder / "steering.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, "layers": layers}) + "\n")
-    for layer in layers:
-        for name in ("scale", "entropy", "top"):
-            writer.add_scalar(f"steering_{name}/{layer['layer']}", layer[name], step)
+    columns = {k: x.detach().double().cpu().round(decimals=6).tolist() for k, x in columns.items()}
+    return [{"layer": n} | {k: x[n] for k, x in columns.items()} for n in range(len(gates))]
 
 
 @torch.no_grad()
@@ -567,30 +549,26 @@ def plot_gates(pipeline, data, folder, device, amp):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    steering, encoder, count = pipeline.trained.steering, pipeline.encoder, min(32, len(data.clips))
-    batch = data[0, 0, [list(range(count))]]
+    steering, encoder = pipeline.trained.steering, pipeline.encoder
+    batch = data[0, 0, [list(range(min(32, len(data.clips))))]]
     steering.seen, lens = [], encoder.out_lens(batch.lens)
     with amp:
         encoder(batch.feats.to(device), batch.lens)
-    seen, layers = steering.seen, gate_usage(steering, lens)
+    seen, layers = torch.stack(steering.seen).float().cpu(), gate_usage(steering, lens)
     steering.seen = None
     (folder / "plots").mkdir(exist_ok=True)
-
     figure, axis = plt.subplots(layout="constrained")
     picture = axis.imshow([layer["gates"] for layer in layers], aspect="auto")
-    axis.set(xlabel="expert", ylabel="layer", title=f"mean gate over {count} clips")
+    axis.set(xlabel="expert", ylabel="layer", title=f"mean gate over {len(lens)} clips")
     figure.colorbar(picture)
     figure.savefig(folder / "plots" / "experts.png")
-    widest = max(range(len(seen)), key=lambda n: float(seen[n].std(1).sum()))  # gates move most
+    layer = int(seen.std(2).sum((1, 2)).argmax())  # where gates move most
     for n, row in enumerate(batch.rows[:3]):
-        frames, mel = int(lens[n]), batch.feats[n, : batch.lens[n]].T
-        seconds = frames * encoder.frame_ms / 1000
-        figure, (top, bottom) = plt.subplots(2, sharex=True, layout="constrained")
-        top.imshow(mel, aspect="auto", origin="lower", extent=(0, seconds, 0, len(mel)))
-        top.set(ylabel="features", title=f"{row['key']}: {row['target']}"[:70])
-        gates = seen[widest][n, -int(lens.max()) :][:frames].cpu()  # behind any query frames
-        bottom.plot(np.linspace(0, seconds, frames), gates)
-        bottom.set(xlabel="seconds", ylabel=f"gates of layer {widest}")
+        frames = int(lens[n])
+        figure, axis = plt.subplots(layout="constrained")
+        gates = seen[layer, n, -int(lens.max()) :][:frames]  # behind any query frames
+        axis.plot(np.arange(frames) * encoder.frame_ms / 1000, gates)
+        axis.set(xlabel="seconds", ylabel=f"gates of layer {layer}", title=row["target"][:70])
         figure.savefig(folder / "plots" / f"gates_{n}.png")
     plt.close("all")
 
@@ -599,21 +577,22 @@ def plot_gates(pipeline, data, folder, device, amp):
 
 
 @torch.no_grad()
-def evaluate(pipeline, data, chosen, cfg, device, amp, rank, world):
-    """Scores over the clips `chosen`, which the processes share, and a line for each of them.
+def evaluate(pipeline, data, count, cfg, device, amp, rank, world):
+    """Scores over `count` clips of a data set, spread over it, and a line for each of them.
 
-    A clip that cannot be heard counts as an empty answer: no set gets easier by being broken.
+    A clip that cannot be read counts as an empty answer: no set gets easier by being broken.
     """
     pipeline.eval()
-    seconds = np.asarray(data.clips["seconds"])[chosen]
-    order, size = chosen[np.argsort(seconds)][rank::world], cfg.eval_batch_size  # little padding
-    batches = [order[at : at + size].tolist() for at in range(0, len(order), size)]
+    chosen = np.unique(np.linspace(0, len(data.clips) - 1, count).astype(int))
+    order = np.asarray(data.clips["seconds"])[chosen].argsort()[rank::world]  # little padding
+    batches = np.array_split(chosen[order], max(1, -(-len(order) // cfg.eval_batch_size)))
+    batches = [batch.tolist() for batch in batches]
     loader = torch.utils.data.DataLoader(
-        data, batch_size=None, sampler=[(0, 0, [batch]) for batch in batches],
+        data, batch_size=None, sampler=[(0, 0, [batch]) for batch in batches if batch],
         num_workers=cfg.workers, multiprocessing_context="fork" if cfg.workers else None,
     )  # fmt: skip
     sums, lines = Counter(), {}
-    for numbers, batch in zip(batches, loader, strict=True):
+    for numbers, batch in zip(batches, loader, strict=False):
         feats = batch.feats.to(device)
         with amp:
             losses = pipeline(feats, batch)
@@ -625,30 +604,30 @@ def evaluate(pipeline, data, chosen, cfg, device, amp, rank, world):
         texts = pipeline.tokenizer.batch_decode(answers, skip_special_tokens=True)
         for n, row, text in zip(numbers, batch.rows, texts, strict=True):
             lines[n] = {"key": row["key"], "target": row["target"], "text": text.strip()}
-            if row["key"] in batch.dropped:
-                lines[n] |= {"text": "", "reason": batch.dropped[row["key"]]}
+            if reason := batch.dropped.get(row["key"]):
+                lines[n] |= {"text": "", "reason": reason}
     parts = [(sums, lines)] * world
     if world > 1:
         dist.all_gather_object(parts, (sums, lines))
     pipeline.train()
     sums = sum((part for part, _ in parts), Counter())
-    lines = [line for n, line in sorted(item for _, part in parts for item in part.items())]
+    lines = [line for _, line in sorted(item for _, part in parts for item in part.items())]
     labels = max(1, sums["labels"])
     scores = {"eval_ce": sums["ce"] / labels, "eval_acc": sums["right"] / labels}
-    return scores | {"capped": sums["capped"]} | text_scores(lines, cfg.task), lines
+    scores |= {"capped": sums["capped"], "eval_dropped": sum("reason" in line for line in lines)}
+    return scores | text_scores(lines, cfg.task), lines
 
 
 def text_scores(lines, task):
     """WER and CER, raw and normalised, and the error rate that chooses the best weights."""
-    texts, scores = ([line[name] for line in lines] for name in ("target", "text")), {}
-    targets, answers = texts
+    targets, answers = ([line[name] for line in lines] for name in ("target", "text"))
+    scores = {"error_rate": model.error_rate(targets, answers)["rate"]}
     for name, characters in (("wer", False), ("cer", True)):
         for ending, normalize in (("_raw", str), ("", model.normalize_text)):
             found = model.error_rate(targets, answers, normalize, characters)
             scores[name + ending] = found["rate"]
-    scores["error_rate"] = model.error_rate(targets, answers)["rate"]
     if task == "qa":
-        pairs = zip(map(model.normalize_text, targets), map(model.normalize_text, answers))
+        pairs = zip(map(model.normalize_text, targets), map(model.normalize_text, answers), strict=True)
         scores["exact_match"] = sum(said == heard for said, heard in pairs) / len(lines)
         scores["error_rate"] = 1 - scores["exact_match"]
     return scores
@@ -659,15 +638,11 @@ def test(pipeline, cfg, device, amp, rank, world):
     folder = Path(cfg.training.output_dir)
     load_trained(pipeline, folder)
     data = Clips(*list_clips(cfg.parquet_dirs, cfg, pipeline.tokenizer), pipeline.encoder)
-    chosen = np.arange(len(data.clips))
-    scores, lines = evaluate(pipeline, data, chosen, cfg, device, amp, rank, world)
-    dropped = [line for line in lines if "reason" in line]
-    hours = sum(data.clips["seconds"]) / 3600
-    summary = {"clips": len(lines), "dropped": len(dropped), "hours": hours} | scores
+    scores, lines = evaluate(pipeline, data, len(data.clips), cfg, device, amp, rank, world)
+    summary = {"clips": len(lines), "hours": sum(data.clips["seconds"]) / 3600} | scores
     if rank == 0:
         model.save(folder / "test.jsonl", lines)
-        model.save(folder / "test.dropped.jsonl", dropped)
-        model.save(folder / "test.json", summary | {"test": list(model.as_list(cfg.parquet_dirs))})
+        model.save(folder / "test.json", summary | {"test": model.as_list(cfg.parquet_dirs)})
         print("  ".join(f"{name} {value:.4g}" for name, value in summary.items()))
     return summary
 
@@ -687,7 +662,7 @@ def launcher_options(arguments):
 
 
 def zero_settings(cfg):
-    """Settings for DeepSpeed, of its JSON file and of ours; None: DDP is used."""
+    """DeepSpeed's settings, of its JSON file and of ours; None: DDP."""
     if not cfg.deepspeed_config or not cfg.training.use_deepspeed or cfg.mode == "test":
         return None
     try:
@@ -706,14 +681,14 @@ def zero_settings(cfg):
 def start_deepspeed(pipeline, optimizer, settings):
     import deepspeed
 
-    if settings["zero_optimization"]["stage"] == 3:  # in pieces, before it would not fit a GPU
+    if settings["zero_optimization"]["stage"] == 3:  # in pieces before it goes to the GPU
         deepspeed.zero.Init(module=pipeline.llm, config_dict_or_path=settings)
     return deepspeed.initialize(model=pipeline, optimizer=optimizer, config=settings)[0]
 
 
 def trained_weights(pipeline, engine):
     """State dict of what trains, fp32; ZeRO-3 has it in pieces, which all processes gather."""
-    if engine is None:
+    if not engine:
         return pipeline.trained.state_dict()
     import deepspeed
 
@@ -742,23 +717,19 @@ def check(cfg):
     if len(given) != 1:
         raise model.UserError("give whisper_encoder.model_path or conformer_encoder.model_path")
     if not cfg.llm_decoder.use_cache:
-        print("llm_decoder.use_cache=false: decoding keeps its cache, to the same text, sooner")
+        print("llm_decoder.use_cache=false: decoding keeps its cache; the text is the same")
     return given[0]
 
 
 def check_encoder(encoder, cfg, section):
-    found = {"feature_dim": encoder.width, "num_layers": len(encoder.layers)}
-    for key, value in found.items():
-        if cfg[section][key] not in (0, value):
-            raise model.UserError(f"{section}.{key}={cfg[section][key]}, the model has {value}")
-    if cfg.sample_rate != encoder.sample_rate:
-        raise model.UserError(f"sample_rate={cfg.sample_rate}: the encoder's is 16000; audio of any")
-    if cfg.pooling_position not in (0, found["num_layers"]):
-        where = f"the last layer (0, or {found['num_layers']})"
-        raise model.UserError(
-            f"pooling_position={cfg.pooling_position}: frames are pooled behind {where}; the frozen "
-            "layers behind an earlier place have never seen pooled ones"
-        )
+    """Keys that describe the encoder have to be true of it."""
+    found = {f"{section}.feature_dim": encoder.width, f"{section}.num_layers": len(encoder.layers)}
+    for key, value in (found | {"sample_rate": encoder.sample_rate}).items():
+        if (given := OmegaConf.select(cfg, key)) not in (0, value):
+            raise model.UserError(f"{key}={given}, but the encoder has {value}")
+    if cfg.pooling_position not in (0, len(encoder.layers)):
+        where = f"pooling_position={cfg.pooling_position}: 0 or {len(encoder.layers)}"
+        raise model.UserError(f"{where}; no frozen layer has ever seen pooled frames")
 
 
 def precision(cfg):
@@ -769,7 +740,7 @@ def precision(cfg):
     kind = json.loads(path.read_text(encoding="utf-8")).get("model_type", "")
     if not kind.startswith("qwen") and not cfg.deepspeed_config:
         return "fp16"
-    print("training.fp16: bf16 is used, as Qwen overflows in fp16, and DeepSpeed needs no scaling")
+    print("training.fp16: bf16 is used; Qwen overflows in fp16, DeepSpeed needs no loss scale then")
     return "bf16"
 
 
@@ -780,7 +751,9 @@ def main(cfg):
     folder, zero = Path(cfg.training.output_dir), zero_settings(cfg)
     torch.manual_seed(cfg.seed)
     names = cfg[section].model_path, cfg.llm_decoder.model_name
-    pipeline = build(model_settings(cfg), *names, device, dtype, on_cpu=in_pieces(zero))
+    # ZeRO-3 shares out an LLM that does not fit a GPU, so it starts on the CPU
+    whole = not zero or zero["zero_optimization"]["stage"] < 3
+    pipeline = build(model_settings(cfg), *names, dtype, device, device if whole else "cpu")
     encoder, trained = pipeline.encoder, pipeline.trained
     check_encoder(encoder, cfg, section)
     if cfg.mode == "test":
@@ -788,10 +761,9 @@ def main(cfg):
     state = model.open_run(folder, cfg, pipeline.identity, cfg.resume, rank, world)
     manifests, clips = list_clips(cfg.parquet_dirs, cfg, pipeline.tokenizer)
     kept, positions, filtered, dropped = select_clips(pipeline, clips, cfg)
-    chosen, dev = np.array([], int), None
+    valid = None
     if cfg.eval_dirs:
-        dev = Clips(*list_clips(cfg.eval_dirs, cfg, pipeline.tokenizer), encoder)
-        chosen = spread(len(dev.clips), cfg.eval_clips)
+        valid = Clips(*list_clips(cfg.eval_dirs, cfg, pipeline.tokenizer), encoder)
 
     for layer in (*encoder.layers, *pipeline.llm.model.layers):
         if cfg.training.gradient_checkpointing:
@@ -802,7 +774,7 @@ def main(cfg):
     if state:
         model.load_weights(trained, state["trained"], folder / "last.pt")
         step, epoch, used, best = (state[name] for name in ("step", "epoch", "used", "best"))
-        stale, spent, dropped = state["stale"], state["spent"], dropped | state["dropped"]
+        stale, spent = state["stale"], state["spent"]
     engine = start_deepspeed(pipeline, optimizer, zero) if zero else None
     if state and engine:
         engine.load_checkpoint(str(folder / "deepspeed"), f"step-{step}", load_module_strict=False)
@@ -814,16 +786,16 @@ def main(cfg):
         wrapped = nn.parallel.DistributedDataParallel(pipeline, broadcast_buffers=False)
 
     def groups_of(epoch):
-        lengths, size = positions[kept], cfg.training.batch_size
-        budget = size * int(lengths.max())
-        groups = model.length_batches(lengths, budget, world, cfg.seed, epoch, size)
+        size = cfg.training.batch_size
+        limits = (size * int(positions.max()), world, cfg.seed, epoch, size)
+        groups = model.length_batches(positions, *limits)
         return [[kept[batch].tolist() for batch in group] for group in groups]
 
     total = cfg.max_steps or cfg.training.epochs * len(groups_of(0))
+    train = Clips(manifests, clips, encoder, rank)
     loader = iter(torch.utils.data.DataLoader(
-        Clips(manifests, clips, encoder, rank), batch_size=None,
-        sampler=model.endless_groups(groups_of, epoch, used), num_workers=cfg.workers,
-        multiprocessing_context="fork" if cfg.workers else None,
+        train, batch_size=None, sampler=model.endless_groups(groups_of, epoch, used),
+        num_workers=cfg.workers, multiprocessing_context="fork" if cfg.workers else None,
         pin_memory=device.type == "cuda",
     ))  # fmt: skip
     board = cfg.training.logging_dir or folder
@@ -831,63 +803,13 @@ def main(cfg):
     steering, patience = trained.steering, cfg.early_stopping_patience
     analysed = bool(steering and writer and not engine and cfg.log_steering_analysis)
     if rank == 0:
+        model.save(folder / "dropped.jsonl", drop_rows(filtered | dropped))
         count = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
         hours = sum(np.asarray(clips["seconds"])[kept]) / 3600
         print(
             f"train {len(kept)} clips, {hours:.2f} h an epoch, {len(filtered)} over a limit, "
-            f"{len(dropped)} not readable; eval {len(chosen)} | {total} steps of "
-            f"{cfg.training.batch_size} clips x {world} | {count:,} trainable | encoder {names[0]}, "
-            f"LLM {names[1]} | {device} {dtype}, torch {torch.__version__}", flush=True,
+            f"{len(dropped)} not readable; eval {len(valid.clips) if valid else 0} | {total} steps "
+            f"of {cfg.training.batch_size} clips x {world} | {count:,} trainable | encoder "
+            f"{names[0]}, LLM {names[1]} | {device} {dtype}, torch {torch.__version__}", flush=True,
         )  # fmt: skip
     pipeline.train()
-    started = since = time.time()
-    window = Counter()  # sums since the last log
-    stopped = cfg.use_early_stopping and dev is not None and stale >= patience
-    if stopped and rank == 0:
-        print(f"stopped early at step {step}; use_early_stopping=false goes on")
-    bar = tqdm(total=total, initial=step, unit="step", disable=None if rank == 0 else True)
-    while step < total and not stopped:
-        rate = learning_rate(step, total, cfg.training.warmup_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["peak"]
-        batch = next(loader)
-        watched = analysed and model.due(step + 1, cfg.steering_log_interval, total)
-        if watched:
-            steering.seen = []
-        labels = torch.tensor(float(batch.labels)).to(device, non_blocking=True)
-        if world > 1:
-            dist.all_reduce(labels)  # label tokens of the step, of all processes
-        with amp:
-            sums = wrapped(batch.feats.to(device, non_blocking=True), batch)
-        loss = sums["ce"] / labels.clamp(min=1) * world  # DDP averages; we want the sum
-        norms = take_step(loss, trained, optimizer, scaler, engine, cfg)
-        step, epoch, used = step + 1, batch.epoch, batch.used
-        window.update(sums | norms | {"ce": sums["ce"].detach()})
-        window.update(steps=1, labels=batch.labels)
-        window.update(audio_s=sum(row["seconds"] for row in batch.rows))
-        bar.update()
-
-        if batch.dropped:
-            dropped |= batch.dropped
-            check_dropped(folder, filtered, dropped, cfg.max_dropped)
-        if watched:
-            layers = gate_usage(steering, encoder.out_lens(batch.lens))
-            log_gates(folder, writer, step, layers)
-            steering.seen = None
-        if model.due(step, cfg.logging_steps, total):
-            row = window_row(window, optimizer, scaler, time.time() - since)
-            model.log_metrics(folder, writer, step, row)
-            window, since = Counter(), time.time()
-        if dev is not None and model.due(step, cfg.eval_steps, total):
-            # ZeRO-3 fetches weights together, so each process then scores all
-            share = (0, 1) if engine else (rank, world)
-            scores, lines = evaluate(pipeline, dev, chosen, cfg, device, amp, *share)
-            model.log_metrics(folder, writer, step, scores)
-            score = [scores["error_rate"], scores["eval_ce"]]
-            stale = 0 if score < best else stale + 1
-            stopped = cfg.use_early_stopping and stale >= patience
-            best = min(best, score)
-            if not stale: save_results
-        if model.due(step, cfg.save_steps, total) or stopped:
-            ...
-    bar.close()
