@@ -15,7 +15,9 @@ def run_processes(main, cfg, world=2, limit_s=120):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = mp.get_context("fork")
-    jobs = [context.Process(target=run_rank, args=(main, cfg, n, world, port)) for n in range(world)]
+    jobs = [
+        context.Process(target=run_rank, args=(main, cfg, n, world, port)) for n in range(world)
+    ]
     for job in jobs:
         job.start()
     for job in jobs:

@@ -46,8 +46,8 @@ def world(tmp_path_factory, whisper_folder, qwen3_folder):
     manifest = make_twins.wav_files(folder / "wavs", n=12)
     data = [f"data.train={manifest}", f"cache.dir={folder / 'c'}", "workers=0"]
     call(precompute, *data, f"encoder.name={whisper_folder}")
-    call(train_phase2, *data, f"data.valid={manifest}", f"llm.name={qwen3_folder}", "batch_clips=12",
-         f"run.dir={folder / 'run'}", "adaptor.hidden_dim=32", "adaptor.num_layers=1",
+    call(train_phase2, *data, f"data.valid={manifest}", f"llm.name={qwen3_folder}",
+         "batch_clips=12", f"run.dir={folder / 'run'}", "adaptor.hidden_dim=32", "adaptor.num_layers=1",
          "adaptor.num_heads=4", "adaptor.stack=2", "adaptor.dropout=0", "optim.warmup_steps=2",
          "optim.clip=1", "optim.max_steps=160", "optim.lr=1e-2", "loss.ctc_weight=0.3",
          "llm.lora.r=8", "run.save_every=0", "run.valid_every=0", "run.log_every=0")  # fmt: skip
@@ -227,7 +227,9 @@ def test_recordings_that_cannot_be_used_are_named(world, tmp_path, capsys):
     assert (summary["clips"], summary["dropped"]) == (1, 2)
     rows = (tmp_path / "o" / "calls.dropped.jsonl").read_text().splitlines()
     assert {json.loads(row)["key"] for row in rows} == {"cut", "empty"}
-    with pytest.raises(model.UserError, match="2 recordings cannot be used, more than max_dropped=1"):
+    with pytest.raises(
+        model.UserError, match="2 recordings cannot be used, more than max_dropped=1"
+    ):
         call(infer, world.dir, tmp_path, "max_dropped=1", "batch_s=0")
 
 
@@ -281,7 +283,9 @@ def test_long_audio_is_cut_at_pauses_transcribed_and_joined(world, tmp_path, mon
         for word in segment["words"]:
             assert segment["start"] <= word["start"] <= word["end"] <= segment["end"]
     starts = re.findall(r"^00:00:(\d\d),\d+ -->", (tmp_path / "x.srt").read_text(), re.MULTILINE)
-    assert starts == [f"{second:02d}" for second, text in zip((1, 15, 35), alone, strict=True) if text]
+    assert starts == [
+        f"{second:02d}" for second, text in zip((1, 15, 35), alone, strict=True) if text
+    ]
 
 
 def test_silero_hears_no_speech_in_noise_and_leaves_the_threads_alone(monkeypatch):
@@ -293,7 +297,15 @@ def test_silero_hears_no_speech_in_noise_and_leaves_the_threads_alone(monkeypatc
     spans = [{"start": first * 16000, "end": end * 16000} for first, end in found]
     monkeypatch.setattr(silero, "get_speech_timestamps", lambda *rest, **more: spans)
     joined = [(a / 16000, b / 16000) for a, b in infer.speech_spans(noise, 16000, 30.0)]
-    assert joined == [(0, 20), (25, 42.5), (42.5, 65), (200, 230), (230, 260), (260, 290), (300, 310)]
+    assert joined == [
+        (0, 20),
+        (25, 42.5),
+        (42.5, 65),
+        (200, 230),
+        (230, 260),
+        (260, 290),
+        (300, 310),
+    ]
 
 
 def aligned(tokenizer, said, text, positions=40):
@@ -308,7 +320,11 @@ def aligned(tokenizer, said, text, positions=40):
     def spell(text):
         (ids,) = model.text_to_ids(tokenizer, [text])
         known = len(head.classes(ids)) == len(ids)
-        return list(zip(head.classes(ids), infer.token_texts(ids, tokenizer), strict=True)) if known else None
+        return (
+            list(zip(head.classes(ids), infer.token_texts(ids, tokenizer), strict=True))
+            if known
+            else None
+        )
 
     clip = infer.Clip({}, None, 1.0, 9.0, log_probs=log_probs, text=text)
     infer.align([clip], SimpleNamespace(spell=spell, blank=head.blank, position_s=0.1))
@@ -353,20 +369,27 @@ def test_every_output_is_made_of_the_same_lines(world, tmp_path):
     rows = model.read_manifest(world.manifest, tmp_path).to_list()[:5]
     for row in rows:
         shutil.copy(row["source"], tmp_path / "in" / f"{row['key']} & #1.wav")
-    lines = [{"key": f"{r['key']}/<b>", "source": f"{r['key']} & #1.wav", "target": r["target"]} for r in rows]
+    lines = [
+        {"key": f"{r['key']}/<b>", "source": f"{r['key']} & #1.wav", "target": r["target"]}
+        for r in rows
+    ]
     model.save(tmp_path / "in" / "m.jsonl", lines)
     out = tmp_path / "out" / "x"
     names = ",".join(f"{out}{end}" for end in infer.ENDINGS)
     summary = call(infer, world.dir, tmp_path / "in" / "m.jsonl", f"out={names}")
     lines = [json.loads(line) for line in Path(f"{out}.jsonl").read_text().splitlines()]
-    assert Path(f"{out}.txt").read_text().splitlines() == [f"{x['key']}\t{x['text']}" for x in lines]
+    assert Path(f"{out}.txt").read_text().splitlines() == [
+        f"{x['key']}\t{x['text']}" for x in lines
+    ]
     assert json.loads(Path(f"{out}.json").read_text()) == summary
     assert summary["rtf"] * summary["hours"] * 3600 == pytest.approx(summary["elapsed_s"], abs=6e-4)
     for line, row in zip(lines, rows, strict=True):
         assert line["duration_s"] == pytest.approx(soundfile.info(row["source"]).duration, abs=1e-3)
         srt = Path(f"{out}.{line['key'].replace('/<b>', '__b_')}.srt").read_text().strip()
         blocks = srt.split("\n\n") if srt else []
-        assert " ".join(" ".join(b.splitlines()[2:]) for b in blocks).split() == line["text"].split()
+        assert (
+            " ".join(" ".join(b.splitlines()[2:]) for b in blocks).split() == line["text"].split()
+        )
     targets = [line["target"] for line in lines]
     for kind in ("text", "ctc_text"):
         expected = model.error_rate(targets, [line[kind] for line in lines])
@@ -419,7 +442,10 @@ def test_translation_is_the_llms_own_without_lora(world, outcome, tmp_path):
     for line in list(found.values())[:4]:
         prompt = model.build_prompt(tokenizer, f"Translate to English: {line['text']}")
         ids, answer = torch.tensor([sum(map(list, prompt), [])]), []
-        cap, stop = 16 + 4 * len(model.text_to_ids(tokenizer, [line["text"]])[0]), model.end_of_turn(tokenizer)
+        cap, stop = (
+            16 + 4 * len(model.text_to_ids(tokenizer, [line["text"]])[0]),
+            model.end_of_turn(tokenizer),
+        )
         token = -1
         while token == -1 or model.add_token(answer, token, stop, cap):
             said = torch.tensor([answer], dtype=torch.long)
@@ -474,7 +500,10 @@ class Malicious:
 def test_damaged_weights_are_refused_by_name(world, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(world.run, tmp_path / "run")
-    good, run = torch.load(tmp_path / "run" / name, weights_only=True), SimpleNamespace(dir="model.dir=run")
+    good, run = (
+        torch.load(tmp_path / "run" / name, weights_only=True),
+        SimpleNamespace(dir="model.dir=run"),
+    )
     torch.save(Malicious(), tmp_path / "run" / name)
     with pytest.raises(model.UserError, match=f"{name}: not a plain state dict"):
         load_listener(run)

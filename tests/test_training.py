@@ -25,7 +25,12 @@ import train_phase1
 import train_phase2
 
 ROOT = Path(__file__).parents[1]
-ADAPTOR = ["adaptor.hidden_dim=32", "adaptor.num_layers=1", "adaptor.num_heads=4", "adaptor.stack=2"]
+ADAPTOR = [
+    "adaptor.hidden_dim=32",
+    "adaptor.num_layers=1",
+    "adaptor.num_heads=4",
+    "adaptor.stack=2",
+]
 PHASE1 = ["loss.ctc_weight=1", "optim.max_steps=6"]
 PHASE2 = ["llm.lora.r=2", "llm.lora.dropout=0.1", "loss.ctc_weight=0.3", "optim.max_steps=6"]
 BOTH = pytest.mark.parametrize(
@@ -152,7 +157,11 @@ def test_a_cache_grows_and_notices_files_that_have_changed(world, tmp_path, caps
 def test_a_cache_of_another_encoder_or_layout_is_refused(world, tmp_path):
     other = make_twins.whisper_folder(tmp_path / "other", seed=1)
     shutil.copytree(world["folder"] / "cache", tmp_path / "cache")
-    train = [f"data.train={world['manifest']}", *world["encoder"], f"cache.dir={tmp_path / 'cache'}"]
+    train = [
+        f"data.train={world['manifest']}",
+        *world["encoder"],
+        f"cache.dir={tmp_path / 'cache'}",
+    ]
     with pytest.raises(model.UserError, match="was made with another encoder: weights was"):
         call(precompute, *train, f"encoder.name={other}")
     with pytest.raises(model.UserError, match="another settings: max_s was 40.0, is 5.0"):
@@ -204,9 +213,15 @@ def test_clips_that_cannot_be_used_are_named_and_never_end_the_run(world, tmp_pa
     names = [*sorted(path.name for path in folder.iterdir()), "absent.wav"]
     rows = [{"key": Path(name).stem, "source": name, "target": "one two"} for name in names]
     model.save(folder / "m.jsonl", rows)
-    arguments = [f"data.train={folder / 'm.jsonl'}", *world["encoder"], f"cache.dir={tmp_path / 'c'}"]
+    arguments = [
+        f"data.train={folder / 'm.jsonl'}",
+        *world["encoder"],
+        f"cache.dir={tmp_path / 'c'}",
+    ]
     call(precompute, *arguments)
-    found = [json.loads(line) for line in (tmp_path / "c" / "dropped.jsonl").read_text().splitlines()]
+    found = [
+        json.loads(line) for line in (tmp_path / "c" / "dropped.jsonl").read_text().splitlines()
+    ]
     assert {row["key"] for row in found} == DROPPED.keys()
     for row in found:
         assert re.search(DROPPED[row["key"]], row["reason"]), row["reason"]
@@ -266,7 +281,8 @@ NEEDED = dict.fromkeys(
 
 def test_augmentation_is_a_function_of_its_seed_and_leaves_the_cache_alone(world):
     settings = config(train_phase1, *NEEDED[train_phase1], "augment.time_masks=2",
-                      "augment.time_mask_frames=5", "augment.feature_noise=0.5").augment  # fmt: skip
+                      "augment.time_mask_frames=5",
+                      "augment.feature_noise=0.5").augment  # fmt: skip
     frames = torch.ones(400, 64, dtype=torch.float16)
     one = train_phase1.augment(frames, settings, [0, 1, 2])
     assert torch.equal(one, train_phase2.augment(frames, settings, [0, 1, 2]))
@@ -305,7 +321,12 @@ def test_kill_9_of_the_real_process_then_resume_equals_the_whole_run(world, tmp_
     arguments = [*world["phase"], "loss.ctc_weight=1", "optim.max_steps=40", "run.valid_every=0"]
     arguments += ["run.resume=true", "workers=1"]
     call(train_phase1, *arguments, f"run.dir={tmp_path / 'whole'}")
-    command = [sys.executable, ROOT / "train_phase1.py", *arguments, f"run.dir={tmp_path / 'killed'}"]
+    command = [
+        sys.executable,
+        ROOT / "train_phase1.py",
+        *arguments,
+        f"run.dir={tmp_path / 'killed'}",
+    ]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # sums in another order have other last bits
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": one_thread}
     process, deadline = subprocess.Popen(command, **quiet), time.time() + 120
@@ -321,7 +342,8 @@ def test_kill_9_of_the_real_process_then_resume_equals_the_whole_run(world, tmp_
 @BOTH
 def test_two_processes_equal_one_with_the_doubled_batch(world, tmp_path, script, extra):
     arguments = [*world["phase"], *extra, "adaptor.dropout=0", "device=cpu", "run.valid_every=4",
-                 "augment.feature_noise=0", "augment.time_masks=0", "optim.max_steps=4"]  # fmt: skip
+                 "augment.feature_noise=0", "augment.time_masks=0",
+                 "optim.max_steps=4"]  # fmt: skip
     arguments += ["llm.lora.dropout=0"] if script is train_phase2 else []
     call(script, *arguments, "batch_clips=6", f"run.dir={tmp_path / 'one'}")
     cfg = config(script, *arguments, "batch_clips=3", f"run.dir={tmp_path / 'two'}")
@@ -356,7 +378,13 @@ def test_accumulation_equals_one_batch(world, tmp_path, script, extra):
 
 def test_clip_0_is_no_clipping_and_zeros_are_refused_by_name(world, tmp_path):
     for clip in ("0", "1e9", "1e-3"):
-        call(train_phase1, *world["phase"], *PHASE1, f"optim.clip={clip}", f"run.dir={tmp_path / clip}")
+        call(
+            train_phase1,
+            *world["phase"],
+            *PHASE1,
+            f"optim.clip={clip}",
+            f"run.dir={tmp_path / clip}",
+        )
     assert_equal(weights_of(tmp_path / "0"), weights_of(tmp_path / "1e9"))
     zero, small = weights_of(tmp_path / "0"), weights_of(tmp_path / "1e-3")
     assert not torch.equal(zero["adaptor.norm.weight"], small["adaptor.norm.weight"])
@@ -399,7 +427,8 @@ def test_phase_2_learns_a_few_clips_and_leaves_the_llm_alone(world, tmp_path, qw
     before = model.load_llm(qwen3_folder)[0].state_dict()
     call(train_phase2, *world["phase"], "optim.max_steps=200", "optim.lr=1e-2", "optim.clip=1",
          "augment.time_masks=0", "augment.feature_noise=0", "adaptor.dropout=0", "batch_clips=12",
-         "run.valid_every=200", "run.save_every=200", "llm.lora.r=8", f"run.dir={tmp_path}")  # fmt: skip
+         "run.valid_every=200", "run.save_every=200", "llm.lora.r=8",
+         f"run.dir={tmp_path}")  # fmt: skip
     final = metrics(tmp_path)[-1]
     # a random LLM is harder to steer than a trained one; untouched it scores 0 and over 1
     assert final["valid_acc"] > 0.8 and final["wer"] < 0.7
@@ -437,7 +466,9 @@ class OnGpu(torch.Tensor):
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         out = super().__torch_function__(function, types, args, kwargs or {})
         name = getattr(function, "__name__", "")
-        if name in ("item", "tolist", "cpu", "numpy", "nonzero") or name.startswith(("__bool", "__int", "__fl")):
+        if name in ("item", "tolist", "cpu", "numpy", "nonzero") or name.startswith(
+            ("__bool", "__int", "__fl")
+        ):
             cls.waits.append(name)
             return out.as_subclass(torch.Tensor) if name == "cpu" else out
         return out
@@ -456,18 +487,28 @@ class Gpu(TorchFunctionMode):
 @pytest.mark.parametrize("speech", ["frames", "ctc"])
 def test_a_step_waits_for_the_gpu_once_at_most(world, qwen3_folder, speech):
     llm, tokenizer = model.load_llm(qwen3_folder)
-    table, cache = llm.get_input_embeddings().weight.detach(), model.EncoderCache(world["folder"] / "cache")
+    table, cache = (
+        llm.get_input_embeddings().weight.detach(),
+        model.EncoderCache(world["folder"] / "cache"),
+    )
     rows = model.cached_clips(str(world["manifest"]), cache, tokenizer, world["folder"] / "m")
     adaptor = model.AudioAdaptor(32, 48, 32, 1, 4, stack=2)
     ctc = model.CTCHead(table, list(range(40, 400)))
     cfg = config(train_phase1, *world["phase"], "run.dir=r")
     phase1 = train_phase1.Phase1(adaptor, ctc, table, tokenizer, cfg)
-    cfg = config(train_phase2, *world["phase"], "run.dir=r", f"llm.speech={speech}", "loss.ctc_weight=1")
+    cfg = config(
+        train_phase2, *world["phase"], "run.dir=r", f"llm.speech={speech}", "loss.ctc_weight=1"
+    )
     phase2 = train_phase2.Phase2(adaptor, ctc, llm, tokenizer, cfg)
-    for script, phase, most in ((train_phase1, phase1, 0), (train_phase2, phase2, int(speech == "ctc"))):
+    for script, phase, most in (
+        (train_phase1, phase1, 0),
+        (train_phase2, phase2, int(speech == "ctc")),
+    ):
         batch = script.Clips(rows, cache, 0, 0, cfg.augment)[0, 0, [[3, 1, 2]]]
         OnGpu.waits.clear()
         with Gpu():
             phase1.table = table.as_subclass(OnGpu)
             sums = phase(batch.enc.to(torch.device("cpu")), batch)
-        assert any(isinstance(x, OnGpu) for x in sums.values()) and len(OnGpu.waits) <= most, OnGpu.waits
+        assert any(isinstance(x, OnGpu) for x in sums.values()) and len(OnGpu.waits) <= most, (
+            OnGpu.waits
+        )

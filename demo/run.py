@@ -1,0 +1,257 @@
+"""The scripts on real weights and real telephone speech, on two CPU cores and without a GPU.
+
+    python demo/run.py adaptor        # make demo: precompute, phase 1, phase 2, infer; 20 minutes
+    python demo/run.py telephone      # make demo-telephone: finetune_encoder.py
+    python demo/run.py steermoe       # make demo-steermoe: train_steermoe.py
+    python demo/run.py adaptor seed=1 run=runs/demo/seed1     # another seed of both trainings
+    python demo/run.py adaptor quick=true                     # checks that it runs, learns little
+
+Every stage is a command that you could type; what has finished before is not run again.
+Output  home/results.json, home/plots/*.png, home/transcripts.html; run/*
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a screen)
+import numpy as np  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import model  # noqa: E402  (needs the path above)
+
+DEFAULTS = """
+home: runs/demo          # what demo/assets.py makes; with quick=true runs/demo/quick
+run: ""                  # this run's folder; empty: home/run
+speech: ""               # manifest.jsonl of your own in place of Debian's prompts
+seed: 0
+quick: false
+"""
+
+
+# ---- stages -----------------------------------------------------------------
+
+
+def run_stage(cfg, name, script, arguments, done):
+    """Run a script unless it has finished before; run/seconds.json keeps what each stage took."""
+    record = Path(cfg.run) / "seconds.json"
+    seconds = json.loads(record.read_text()) if record.is_file() else {}
+    if name in seconds and Path(done).exists():
+        print(f"== {name}: {done} is there already")
+        return
+    print(f"== {name}: python {script} {' '.join(arguments)}", flush=True)
+    # glibc would give large blocks back to the system at every free, and take them again
+    keep = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
+    started = time.time()
+    command = [sys.executable, ROOT / script, *map(str, arguments)]
+    if subprocess.run(command, env=os.environ | keep).returncode:
+        raise model.UserError(
+            f"{script} failed; mend what it says and start again: the rest is kept"
+        )
+    seconds[name] = round(time.time() - started, 1)
+    model.save(record, seconds)
+
+
+def prepare(cfg, what):
+    """Folders, weights and speech; overrides that put the demo's configurations elsewhere."""
+    cfg.home = f"{cfg.home}/quick" if cfg.quick else cfg.home
+    cfg.run = cfg.run or f"{cfg.home}/{what}"
+    made_with = {"speech": cfg.speech, "seed": cfg.seed, "quick": cfg.quick}
+    mark = Path(cfg.run) / "made_with.json"
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    if mark.is_file() and json.loads(mark.read_text()) != made_with:
+        raise model.UserError(f"{cfg.run}: was made with {mark.read_text()}; give another run=")
+    model.save(mark, made_with)
+    data = [f"out={cfg.home}", f"speech={cfg.speech}", *(["synthetic=60"] if cfg.quick else [])]
+    run_stage(cfg, "data", "demo/assets.py", data, f"{cfg.home}/data/train_synthetic.jsonl")
+
+
+def config_of(cfg, name):
+    """demo/configs/NAME.yaml with this demo's folder in place of runs/demo."""
+    text = (ROOT / "demo/configs" / f"{name}.yaml").read_text(encoding="utf-8")
+    path = Path(cfg.run) / f"{name}.yaml"
+    model.save(path, text.replace("runs/demo/", f"{cfg.home}/"))
+    return str(path)
+
+
+def transcribe(cfg, name, folder, inputs, *arguments):
+    """infer.py over manifests. Output: lines of its .jsonl."""
+    out = Path(cfg.run) / f"{name}.jsonl"
+    arguments = [config_of(cfg, "infer"), f"model.dir={folder}", f"out={out}", *arguments, inputs]
+    run_stage(cfg, f"infer {name}", "infer.py", arguments, out)
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+
+
+def rate(lines, kind="text"):
+    """WER, its standard error (1000 resamplings of clips), and WER by the field's normaliser."""
+    from infer import field_normalizer
+
+    pairs, rng = [(line["target"], line[kind]) for line in lines], random.Random(0)
+    each = [model.error_rate([target], [text]) for target, text in pairs]
+    found = []
+    for _ in range(1000):
+        part = rng.choices(each, k=len(each))
+        found.append(sum(x["errors"] for x in part) / max(1, sum(x["units"] for x in part)))
+    field = model.error_rate(*zip(*pairs, strict=True), field_normalizer())["rate"]
+    total = sum(x["errors"] for x in each) / sum(x["units"] for x in each)
+    return {"wer": total, "se": float(np.std(found)), "wer_field": field}
+
+
+def show(title, rows):
+    print(f"\n{title}\n  {'':44} {'WER':>8}          {'field':>8}")
+    for label, row in rows.items():
+        wer, se, field = (100 * row[name] for name in ("wer", "se", "wer_field"))
+        print(f"  {label:44} {wer:6.1f} % +- {se:4.1f} {field:7.1f} %")
+
+
+# ---- adaptor: precompute, phase 1, phase 2, infer ---------------------------
+
+
+def adaptor(cfg):
+    print(
+        "Whisper tiny.en's encoder, an adaptor and SmolLM2-135M learn to hear telephone prompts: "
+        "weights and speech (4 minutes, 300 MB), encoder outputs (3), phase 1 (7), phase 2 (2), "
+        "transcripts (3). About 18 minutes on 2 free cores."
+    )
+    prepare(cfg, "run")
+    run, data = Path(cfg.run), f"{cfg.home}/data"
+    quick = cfg.quick
+    other = Path(f"{data}/other.jsonl").read_text().strip()
+    tests = f"{data}/test.jsonl" + (f",{data}/other.jsonl" if other else "")
+    arguments = [config_of(cfg, "precompute"), f"data.test={tests}"]
+    run_stage(cfg, "precompute", "precompute.py", arguments, f"{cfg.home}/cache/dropped.jsonl")
+    short = ["optim.max_steps=60", "run.valid_every=30"] if quick else []
+    train(cfg, "phase1", "train_phase1.py", short)
+    short = ["optim.max_steps=4", "run.valid_clips=8", "optim.warmup_steps=1"] if quick else []
+    train(cfg, "phase2", "train_phase2.py", [f"init.dir={run}/phase1", *short])
+
+    alone = "decode.ctc_weight=0"
+    lines = transcribe(cfg, "test", run / "phase2", f"{data}/test.jsonl")
+    hears = transcribe(cfg, "test_llm_alone", run / "phase2", f"{data}/test.jsonl", alone)
+    wrong = transcribe(cfg, "test_wrong_audio", run / "phase2", f"{data}/test.jsonl", alone,
+                       "control.wrong_audio=true")  # fmt: skip
+    rows = [json.loads(line) for line in Path(f"{data}/train_real.jsonl").read_text().splitlines()]
+    model.save(run / "train_part.jsonl", rows[:: max(1, len(rows) // 40)][:40])
+    known = transcribe(cfg, "train", run / "phase2", run / "train_part.jsonl")
+    table = {
+        "Whisper tiny.en, its own decoder": rate(whisper_decoder(cfg, lines)),
+        "CTC read-out of the adaptor, no LLM": rate(lines, "ctc_text"),
+        "SmolLM2 with LoRA and CTC, choosing together": rate(lines),
+        "SmolLM2 alone, without CTC's text": rate(hears),
+        "SmolLM2 alone, another clip's speech": rate(wrong),
+        "SmolLM2 and CTC, 40 texts of training": rate(known),
+    }
+    if other:
+        clips = transcribe(cfg, "other", run / "phase2", f"{data}/other.jsonl")
+        table["SmolLM2 and CTC, 11 clips of other speakers"] = rate(clips)
+    command = [
+        sys.executable,
+        ROOT / "report.py",
+        run / "test.jsonl",
+        f"{cfg.home}/transcripts.html",
+    ]
+    subprocess.run(command, check=True)
+    plots = Path(cfg.home) / "plots"
+    plots.mkdir(exist_ok=True)
+    plot_curves({"phase 1": run / "phase1", "phase 2": run / "phase2"}, plots / "curves.png")
+    plot_words(
+        max(lines, key=lambda x: x["duration_s"] * (x["duration_s"] < 6)), plots / "words.png"
+    )
+    finish(cfg, table, {"clips": len(lines), "words": sum(len(x["target"].split()) for x in lines)})
+
+
+def train(cfg, name, script, arguments):
+    """A training run; an interrupted one goes on where it was saved."""
+    folder = Path(cfg.run) / name
+    own = [f"run.dir={folder}", f"seed={cfg.seed}", "run.resume=true"]
+    run_stage(cfg, name, script, [config_of(cfg, name), *own, *arguments], folder / "last.pt")
+
+
+def whisper_decoder(cfg, lines):
+    """What Whisper's own decoder writes: greedy, in batches, 30 s padding as it was trained."""
+    path = Path(cfg.run) / "whisper.jsonl"
+    if not path.is_file():
+        import torch
+        from transformers import WhisperForConditionalGeneration, WhisperProcessor
+
+        name, found = f"{cfg.home}/models/whisper-tiny.en", []
+        whisper = WhisperForConditionalGeneration.from_pretrained(name).eval()
+        processor = WhisperProcessor.from_pretrained(name)
+        for start in range(0, len(lines), 16):
+            batch = lines[start : start + 16]
+            waves = [model.load_audio(line["source"], 16000).numpy() for line in batch]
+            feats = processor(waves, sampling_rate=16000, return_tensors="pt").input_features
+            with torch.inference_mode():
+                ids = whisper.generate(feats, max_new_tokens=100, do_sample=False, num_beams=1)
+            texts = processor.batch_decode(ids, skip_special_tokens=True)
+            found += [line | {"text": text} for line, text in zip(batch, texts, strict=True)]
+        model.save(path, found)
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def finish(cfg, table, more):
+    """results.json and the last screen."""
+    seconds = json.loads((Path(cfg.run) / "seconds.json").read_text())
+    home = Path(cfg.home)
+    model.save(home / "results.json", {"seed": cfg.seed, "rows": table, "seconds": seconds} | more)
+    show(f"{', '.join(f'{v} {k}' for k, v in more.items())}, seed {cfg.seed}", table)
+    minutes = sum(seconds.values()) / 60
+    parts = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+    print(f"  {minutes:.1f} minutes (seconds: {parts})")
+    print(f"  {home}/results.json  {home}/transcripts.html  {home}/plots/")
+
+
+# ---- pictures ---------------------------------------------------------------
+
+
+def plot_curves(runs, path):
+    """Losses and error rates over the steps of some runs."""
+    figure, axes = plt.subplots(1, len(runs), figsize=(5.5 * len(runs), 4), layout="constrained")
+    for axis, (title, folder) in zip(np.atleast_1d(axes), runs.items(), strict=True):
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for name in ("loss", "nce", "ctc", "ce", "valid_ce", "ctc_wer", "wer"):
+            points = [(row["step"], row[name]) for row in rows if row.get(name)]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker=".", label=name)
+        axis.set(title=title, xlabel="optimizer step", ylabel="nats, or share", yscale="log")
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_words(line, path):
+    """Spectrogram of a clip with the words where CTC has placed them."""
+    wave = model.load_audio(line["source"], 8000).numpy()
+    figure, axis = plt.subplots(figsize=(10, 3.5), layout="constrained")
+    noise = 1e-6 * np.random.default_rng(0).standard_normal(len(wave))  # silence has no logarithm
+    axis.specgram(wave + noise, NFFT=256, Fs=8000, noverlap=192, cmap="magma")
+    for word in (word for segment in line["segments"] for word in segment["words"]):
+        axis.axvspan(word["start"], word["end"], ymax=0.06, color="white", alpha=0.6)
+        middle = (word["start"] + word["end"]) / 2
+        axis.text(middle, 330, word["word"], color="white", ha="center", fontsize=9)
+    axis.set(xlabel="seconds", ylabel="Hz", title=f"{line['key']}: {line['target']}")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+DEMOS = {"adaptor": adaptor}
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1] in DEMOS:
+        demo = DEMOS[sys.argv.pop(1)]
+    elif not {"-h", "--help"} & set(sys.argv[1:]):
+        sys.exit(f"error: demo/run.py {' | '.join(DEMOS)}")
+    else:
+        demo = adaptor
+    model.run_main(demo, DEFAULTS, __doc__)
