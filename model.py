@@ -1121,7 +1121,7 @@ def load_llm(name, dtype=torch.float32, device="cpu", lora=None):
 
     folder = find_model(name)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    llm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    llm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     for key in ("logit_scale", "logits_scaling", "final_logit_softcapping"):
         if getattr(llm.config, key, None) not in (None, 1.0):  # losses here use lm_head alone
             raise UserError(f"{name}: its {key} changes the scores of lm_head; not supported")
@@ -1382,6 +1382,7 @@ def read_manifest(spec, cache_dir, columns=("audio", "text", "question")):
     import datasets
 
     datasets.disable_progress_bars()
+    Path(cache_dir).mkdir(parents=True, exist_ok=True)
     path, (folder, _, part) = Path(spec), str(spec).rpartition(":")
     if folder and Path(folder).is_dir():
         files = [Path(folder, AISHELL_TEXT), *sorted(Path(folder, "wav", part).glob("*/*.wav"))]
@@ -1460,10 +1461,10 @@ def chat_row(row, where):
 def kaldi_rows(folder):
     texts = dict((line.split(maxsplit=1) + [""])[:2] for _, line in read_lines(f"{folder}/text"))
     for where, line in read_lines(f"{folder}/wav.scp"):
-        key, _, source = line.partition(" ")
+        key, source = (line.split(maxsplit=1) + [""])[:2]
         if not source or source.endswith("|") or key not in texts:
             raise UserError(f"{where}: {key} needs a plain path, no pipe, and a line in `text`")
-        path = os.path.join(folder, source.strip())
+        path = os.path.join(folder, source)
         yield {"key": key, "source": path, "target": texts[key], "where": where}
 
 
@@ -1499,8 +1500,9 @@ def read_table(spec, cache_dir, columns):
     names = dict(zip(columns, ("audio", "target", "question"), strict=True))
     rows = rows.rename_columns({k: v for k, v in names.items() if k in rows.column_names})
     where = [f"{Path(spec).name}:{number}" for number in range(len(rows))]
-    rows = rows.add_column("where", where)
-    return rows if "key" in rows.column_names else rows.add_column("key", where)
+    for name in sorted(set(FIELDS) - set(rows.column_names)):
+        rows = rows.add_column(name, where if name in ("key", "where") else [None] * len(where))
+    return rows
 
 
 # ---- the cache of encoder outputs -------------------------------------------
@@ -1536,10 +1538,9 @@ class EncoderCache:
         return found
 
     def read(self, shard, number):
-        return open_shard(self.paths[shard]).get_tensor(str(number))
+        return keep_open(self.paths[shard]).get_tensor(str(number))
 
 
-@functools.lru_cache(256)
 def open_shard(path):
     from safetensors import SafetensorError, safe_open
 
@@ -1547,6 +1548,9 @@ def open_shard(path):
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: torn ({error}); delete it, run precompute.py again") from error
+
+
+keep_open = functools.lru_cache(256)(open_shard)  # for training; precompute.py replaces shards
 
 
 def cached_clips(specs, cache, tokenizer, cache_dir, normalize=True, speeds=(1.0,)):
@@ -1566,7 +1570,8 @@ def cached_clips(specs, cache, tokenizer, cache_dir, normalize=True, speeds=(1.0
 
     def prepare(rows, places):
         clips = []
-        targets = [normalize_text(text) if normalize else text.strip() for text in rows["target"]]
+        texts = [text or "" for text in rows["target"]]  # a data set's may be null
+        targets = [normalize_text(text) if normalize else text.strip() for text in texts]
         for n, ids in enumerate(text_to_ids(tokenizer, targets)):
             for speed in speeds if ids else ():
                 key = rows["key"][n] + (f"@{speed}" if speed != 1.0 else "")
@@ -1580,11 +1585,12 @@ def cached_clips(specs, cache, tokenizer, cache_dir, normalize=True, speeds=(1.0
     if rank > 0:
         dist.barrier()  # process 0 reads and tokenises; the others find what it has made
     for spec in as_list(specs):
-        rows = read_manifest(spec, cache_dir)
+        rows = read_manifest(spec, cache_dir).select_columns(list(CLIP_TEXTS))  # no audio
+        name = hash_text([rows._fingerprint, made_of])
         clips = rows.map(
             prepare, with_indices=True, batched=True, batch_size=4096,
             features=datasets.Features(kinds), remove_columns=rows.column_names,
-            new_fingerprint=hash_text([rows._fingerprint, made_of]),
+            new_fingerprint=name, cache_file_name=f"{cache_dir}/clips-{name}.arrow",
         )  # fmt: skip
         missing = len(rows) - len(np.unique(clips.data.column("row").to_numpy()))
         if rank == 0 and missing:

@@ -54,24 +54,16 @@ def test_a_sine_keeps_its_frequency_and_level_at_every_rate(tmp_path, rate):
 
 
 @pytest.mark.parametrize(("rate", "inside", "outside", "alias"), [
-    (8000, 3000, 3000, 5000),  # upsampled telephone speech has no image above 4 kHz
+    (8000, 3000, 3800, 4200),  # upsampled telephone speech has no image above 4 kHz
     (48000, 500, 11000, 5000),  # 11 kHz would fold to 5 kHz
 ])  # fmt: skip
 def test_resampling_leaves_no_image_and_no_alias(rate, inside, outside, alias):
-    wave = torch.from_numpy(sine(inside, rate) + (inside != outside) * sine(outside, rate)).float()
+    wave = torch.from_numpy(sine(inside, rate) + sine(outside, rate)).float()
     wave = model.resample(wave, rate, 16000)
     assert level_at(wave, inside) == pytest.approx(0.5, abs=1e-3)
     assert level_at(wave, alias) < 0.5 * 10 ** (-90 / 20)
     with pytest.raises(model.AudioError, match="usual rate"):
         model.resample(wave, 16001, 16000)
-
-
-def test_stereo_is_averaged(tmp_path):
-    left, right = sine(1000, 16000), sine(3000, 16000)
-    soundfile.write(tmp_path / "a.wav", np.stack([left, right], axis=1), 16000, subtype="FLOAT")
-    wave = model.load_audio(tmp_path / "a.wav", 16000)
-    mean = torch.from_numpy((left + right) / 2).float()
-    torch.testing.assert_close(wave, mean, atol=1e-7, rtol=0)
 
 
 @pytest.mark.parametrize(("ending", "subtype", "atol"), [
@@ -140,18 +132,16 @@ def test_a_file_that_cannot_be_used_is_an_audio_error(tmp_path, name, make, mess
             model.load_audio(path.read_bytes(), 16000)
 
 
-def test_no_audio_at_all_is_an_audio_error():
+def test_stereo_from_a_pipe_is_averaged_and_no_audio_is_an_error(tmp_path):
+    left, right = sine(1000, 16000), sine(3000, 16000)
+    soundfile.write(tmp_path / "a.wav", np.stack([left, right], axis=1), 16000)
+    data = bytearray((tmp_path / "a.wav").read_bytes())
+    data[4:8] = data[40:44] = b"\xff\xff\xff\xff"  # ffmpeg and sox cannot know the length there
+    mean = torch.from_numpy((left + right) / 2).float()
+    torch.testing.assert_close(model.load_audio(bytes(data), 16000), mean, atol=1e-4, rtol=0)
     for nothing in (None, {"bytes": None, "path": None}, {"bytes": b"", "path": None}):
         with pytest.raises(model.AudioError):
             model.load_audio(nothing, 16000)
-
-
-def test_a_wav_from_a_pipe_is_read_although_its_header_has_no_length(tmp_path):
-    soundfile.write(tmp_path / "a.wav", sine(500, 16000), 16000)
-    data = bytearray((tmp_path / "a.wav").read_bytes())
-    data[4:8] = data[40:44] = b"\xff\xff\xff\xff"  # what ffmpeg and sox write into a pipe
-    expected = model.load_audio(tmp_path / "a.wav", 16000)
-    assert torch.equal(model.load_audio(bytes(data), 16000), expected)
 
 
 def test_speed_1_1_is_ten_percent_shorter_and_higher():
@@ -170,6 +160,9 @@ def test_features_equal_funasr(samples):
     ours = model.wav_frontend(noise(samples), dither=0.0)
     assert ours.shape == (math.ceil(model.fbank_frames(samples) / 6), 560)
     torch.testing.assert_close(ours, funasr_features(noise(samples)), atol=1e-3, rtol=0)
+    for frames in range(1, 60):
+        feats = torch.randn(frames, 80)
+        assert torch.equal(model.apply_lfr(feats), funasr_apply_lfr(feats, 7, 6)), frames
 
 
 def test_features_with_cmvn_equal_funasr(tmp_path):
@@ -182,12 +175,6 @@ def test_features_with_cmvn_equal_funasr(tmp_path):
     for path in (tmp_path / "am.mvn", tmp_path / "nothing"):
         with pytest.raises(model.UserError, match=f"{path.name}: expected a Kaldi nnet"):
             model.load_cmvn(path)
-
-
-def test_stacking_equals_funasr_for_every_length():
-    for frames in range(1, 60):
-        feats = torch.randn(frames, 80)
-        assert torch.equal(model.apply_lfr(feats), funasr_apply_lfr(feats, 7, 6)), frames
 
 
 @pytest.mark.parametrize("rate", [8000, 16000])
@@ -246,6 +233,11 @@ def entry(key="a", **extra):
     return json.dumps({"key": key, "source": "a.wav", "target": "hi"} | extra, ensure_ascii=False)
 
 
+SPEECH = "语音转写：<|startofspeech|>!/data/BAC009.wav<|endofspeech|>"
+SPEECH = {"role": "user", "content": SPEECH}
+ANSWER = {"role": "assistant", "content": "今天天气"}
+
+
 def lines(tmp_path, *texts, before=""):
     text = before + "".join(text + "\n" for text in texts)
     (tmp_path / "m.jsonl").write_text(text, encoding="utf-8")
@@ -280,6 +272,8 @@ def test_what_lines_may_hold(tmp_path):
     ([entry("a"), entry("b"), entry("a")], "m.jsonl:3: key 'a' stands at m.jsonl:1 too"),
     ([entry()[:-1] + ', "target": "yes"}'], "m.jsonl:1: .*given twice"),
     ([json.dumps({"messages": [{"role": "user", "content": "hi"}]})], "m.jsonl:1: .*0 clips"),
+    ([json.dumps({"messages": [SPEECH, SPEECH, ANSWER]})], "m.jsonl:1: .*2 clips"),
+    ([json.dumps({"messages": [SPEECH, ANSWER, ANSWER]})], "m.jsonl:1: .*2 answers"),
     ([json.dumps({"messages": "hi"})], "m.jsonl:1"), (["", ""], "m.jsonl: holds no clips"),
 ])  # fmt: skip
 def test_a_broken_manifest_names_file_and_line(tmp_path, texts, message):
@@ -296,21 +290,19 @@ def test_manifests_that_are_none_are_named(tmp_path):
 
 
 def test_funasrs_chat_lines_are_read(tmp_path):
-    speech = "语音转写：<|startofspeech|>!/data/BAC009.wav<|endofspeech|>"
-    turns = [("system", "You are helpful."), ("user", speech), ("assistant", "今天天气")]
-    turns = [{"role": role, "content": content} for role, content in turns]
-    path = lines(tmp_path, json.dumps({"messages": turns, "speech_length": 10, "text_length": 4}))
+    system = {"role": "system", "content": "You are helpful."}
+    path = lines(tmp_path, json.dumps({"messages": [system, SPEECH, ANSWER], "text_length": 4}))
     (row,) = read(path, tmp_path)
     found = row["key"], row["source"], row["target"]
     assert found == ("BAC009-1", "/data/BAC009.wav", "今天天气")
 
 
 def test_kaldi_folder_joins_wav_scp_and_text(tmp_path):
-    (tmp_path / "wav.scp").write_text("b wavs/b.wav \na /data/a.wav\n")
+    (tmp_path / "wav.scp").write_text("b\twavs/b.wav \na /data/a.wav\n")
     (tmp_path / "text").write_text("a hello  there\nb\n")
     found = [(row["key"], row["source"], row["target"]) for row in read(tmp_path, tmp_path)]
-    b = ("b", str(tmp_path / "wavs/b.wav"), "")
-    assert found == [b, ("a", "/data/a.wav", "hello  there")]
+    b = str(tmp_path / "wavs/b.wav")
+    assert found == [("b", b, ""), ("a", "/data/a.wav", "hello  there")]
 
 
 @pytest.mark.parametrize(("scp", "text", "message"), [

@@ -63,10 +63,8 @@ def test_values_in_the_padding_change_nothing(value):
 
 
 def test_gradients_do_not_depend_on_padding():
-    encoder, (feats, lens) = small_encoder(dropout_rate=0.0, attention_dropout_rate=0.0), ([], [])
-    encoder.train()
-    feats, lens = padded_batch([5])
-    found = []
+    encoder = small_encoder(dropout_rate=0.0, attention_dropout_rate=0.0).train()
+    (feats, lens), found = padded_batch([5]), []
     for x in (feats, F.pad(feats, (0, 0, 0, 3), value=float("nan"))):
         encoder.zero_grad()
         encoder(x, lens)[0][:, :5].square().sum().backward()
@@ -275,3 +273,9 @@ def test_parakeet_equals_transformers(parakeet_folder):
         inputs = extract(clip.numpy(), sampling_rate=16000, return_tensors="pt")
         expected = net.encoder(**inputs).last_hidden_state[0]
         torch.testing.assert_close(enc[n, : lens[n]], expected[: lens[n]], atol=1e-4, rtol=0)
+    encoder = model.load_encoder(parakeet_folder).train()
+    for _ in range(5):  # no layer is left out at random, or DDP would wait for it
+        encoder.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            encoder(torch.randn(1, 20, 80), torch.tensor([20]))[0].sum().backward()
+        assert all(p.grad is not None for layer in encoder.layers for p in layer.parameters())

@@ -1,0 +1,455 @@
+"""Prompt, splice, loss and decoding against transformers' own, and scoring against jiwer."""
+
+import copy
+import random
+from types import SimpleNamespace
+
+import jiwer
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from make_twins import tiny_tokenizer
+from torch import nn
+
+import model
+
+LLAMA = """\
+{{- '<s>' -}}
+{%- for message in messages -%}
+{%- if message.role == 'assistant' -%}{{- '[ANSWER]' + message.content + '</s>' -}}
+{%- else -%}{{- '[' + message.role + ']' + message.content -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '[ANSWER]' -}}{%- endif -%}"""
+PROMPT = "Transcribe the speech:"
+TINY = {"vocab_size": 450, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "initializer_range": 0.2}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def llm_and_tokenizer(qwen3_folder):
+    return model.load_llm(qwen3_folder)
+
+
+@pytest.fixture
+def llm(llm_and_tokenizer):
+    return llm_and_tokenizer[0]
+
+
+@pytest.fixture
+def tokenizer(llm_and_tokenizer):
+    return llm_and_tokenizer[1]
+
+
+@pytest.fixture(scope="module", params=["chatml", "other"])
+def any_tokenizer(request, llm_and_tokenizer):
+    """Also of another template: no roles in tokens, a bos in the text, another end of turn."""
+    if request.param == "chatml":
+        return llm_and_tokenizer[1]
+    specials = ("<pad>", "<s>", "</s>", "[ANSWER]", "[user]", "[system]")
+    return tiny_tokenizer(template=LLAMA, specials=specials, eos="</s>")
+
+
+# ---- loading ----------------------------------------------------------------
+
+
+def test_llm_is_frozen_in_the_asked_dtype(qwen3_folder, llm):
+    assert not any(p.requires_grad for p in llm.parameters())
+    nn.ModuleList([llm]).train()
+    assert not any(part.training for part in llm.modules())
+    half, _ = model.load_llm(qwen3_folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert half.identity["weights"] == model.load_llm(qwen3_folder)[0].identity["weights"]
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_trains_in_fp32_and_is_saved_as_pefts_folder(qwen3_folder, llm, tmp_path, dtype):
+    settings = {"r": 4, "lora_dropout": 0.5, "target_modules": ["q_proj", "v_proj"]}
+    plain, _ = model.load_llm(qwen3_folder, dtype)
+    tuned, _ = model.load_llm(qwen3_folder, dtype, lora=settings)
+    trained = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 2 * 2 and all("lora_" in name for name in trained)
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    assert {p.dtype for k, p in tuned.named_parameters() if k not in trained} == {dtype}
+    ids = torch.arange(9)[None]
+    assert torch.equal(tuned(ids).logits, plain(ids).logits), "a new LoRA changes nothing"
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    logits = tuned(ids).logits
+    assert not torch.allclose(logits, plain(ids).logits, atol=0.1)
+    with tuned.peft.disable_adapter():
+        assert torch.equal(tuned(ids).logits, plain(ids).logits)
+    tuned.train()
+    assert not torch.equal(tuned(ids).logits, tuned(ids).logits), "LoRA's dropout acts in training"
+    tuned.eval()
+    tuned.peft.save_pretrained(tmp_path)
+    again, _ = model.load_llm(qwen3_folder, dtype, lora=tmp_path)
+    base = transformers.AutoModelForCausalLM.from_pretrained(qwen3_folder, dtype=dtype)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()  # it warns of missing keys
+    assert isinstance(theirs, peft.PeftModelForCausalLM)
+    assert theirs.peft_config["default"].base_model_name_or_path == str(qwen3_folder)
+    assert torch.equal(again(ids).logits, logits) and torch.equal(theirs(ids).logits, logits)
+
+
+@pytest.mark.parametrize(("kind", "key"), [
+    ("Cohere", "logit_scale"), ("Granite", "logits_scaling"), ("Gemma2", "final_logit_softcapping"),
+])  # fmt: skip
+def test_an_llm_that_changes_the_scores_of_its_head_is_refused(tokenizer, tmp_path, kind, key):
+    config = getattr(transformers, f"{kind}Config")(**TINY)
+    setattr(config, key, 8.0)
+    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(model.UserError, match=f"its {key} changes the scores"):
+        model.load_llm(tmp_path)
+
+
+# ---- prompt -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("system", [None, "", "You are a helpful assistant."])
+def test_the_two_halves_are_the_template_cut_at_the_audio(any_tokenizer, system):
+    turns = [] if system is None else [{"role": "system", "content": system}]
+    text = any_tokenizer.apply_chat_template(
+        [*turns, {"role": "user", "content": PROMPT}], tokenize=False, add_generation_prompt=True,
+        enable_thinking=False)  # fmt: skip
+    before, after = model.build_prompt(any_tokenizer, f"{PROMPT}{model.AUDIO_MARK}", system=system)
+    assert any_tokenizer.decode(before + after) == text
+    assert any_tokenizer.decode(before).endswith(PROMPT)
+
+
+def test_prompt_and_label_equal_the_templates_whole_turn_without_thinking(tokenizer):
+    before, after = model.build_prompt(tokenizer, PROMPT)
+    thought = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert tokenizer.decode(after) == thought
+    answer = tokenizer("press one", add_special_tokens=False)["input_ids"]
+    turns = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "press one"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    ids = [*before, *after, *answer, model.end_of_turn(tokenizer)]
+    assert tokenizer.decode(ids) == text.rstrip("\n")
+
+
+def test_end_of_turn_is_the_templates(any_tokenizer):
+    end = any_tokenizer.convert_ids_to_tokens(model.end_of_turn(any_tokenizer))
+    assert end == any_tokenizer.eos_token
+    plain = tiny_tokenizer(template="{%- for m in messages -%}{{- m.content -}}{%- endfor -%}")
+    with pytest.raises(model.UserError, match="instruct"):
+        model.end_of_turn(plain)
+
+
+def test_language_and_hotwords_enter_the_prompt(tokenizer):
+    def said(*rest):
+        return tokenizer.decode(model.build_prompt(tokenizer, *rest)[0]).rpartition("user\n")[2]
+
+    english = "Hotwords: [Ann, Bo]\nTranslate to English:"
+    assert said("Translate to {language}:", "English", "Ann, Bo") == english
+    chinese = "这是一段中文语音，请转录："
+    assert said(chinese, None, "张三, 李四") == f"热词列表：[张三, 李四]\n{chinese}"
+    assert said("a") == said("a", "English", "") == "a" and said("in {language}:") == "in :"
+
+
+def test_latin_transcripts_get_a_leading_space_and_chinese_ones_do_not(tokenizer):
+    texts = ["press one", "今天", "", "one", "a b c d e f g h i j", "  two  spaces"]
+    tokenizer.backend_tokenizer.enable_truncation(3)  # a released tokenizer.json may bring it
+    tokenizer.backend_tokenizer.enable_padding(length=9)
+    ids = model.text_to_ids(tokenizer, texts)
+    assert [tokenizer.decode(row) for row in ids] == [
+        " press one", "今天", "", " one", " a b c d e f g h i j", "   two  spaces"]  # fmt: skip
+    assert ids[0][-len(ids[3]) :] == ids[3], "a word has the same tokens wherever it stands"
+    assert ids == [model.text_to_ids(tokenizer, [text])[0] for text in texts]
+    assert model.text_to_ids(tokenizer, []) == [] and ids[2] == []
+
+
+# ---- splice -----------------------------------------------------------------
+
+PROMPTS = [([5, 6], [7]), ([8], [9, 10, 11])]
+TARGETS = [[20, 21, 2], [22, 2]]
+LENS = torch.tensor([3, 1])
+
+
+@pytest.fixture
+def embed():
+    return nn.Embedding(50, 4)
+
+
+def test_splice_lays_out_before_audio_after_target_pad(embed):
+    audio, x = torch.randn(2, 3, 4, requires_grad=True), model.IGNORE
+    spliced = model.splice(embed.requires_grad_(False), PROMPTS, audio, LENS, TARGETS)
+    word = embed.weight
+    rows = [
+        [word[5], word[6], *audio[0], word[7], word[20], word[21], word[2]],
+        [word[8], audio[1, 0], *word[9:12], word[22], word[2], *torch.zeros(2, 4)],
+    ]
+    assert torch.equal(spliced.embeds, torch.stack([torch.stack(row) for row in rows]))
+    labels = [[x, x, x, x, x, x, 20, 21, 2], [x, x, x, x, x, 22, 2, x, x]]
+    assert spliced.labels.tolist() == labels and spliced.labels.device.type == "cpu"
+    assert spliced.mask.tolist() == [[1] * 9, [1] * 7 + [0] * 2]
+    spliced.embeds.sum().backward()  # gradients reach real audio only
+    assert (audio.grad[0] == 1).all() and audio.grad[1, :, 0].tolist() == [1, 0, 0]
+    spliced = model.splice(embed, PROMPTS, audio, LENS, pad_left=True)
+    assert spliced.mask.tolist() == [[1] * 6, [0, 1, 1, 1, 1, 1]]
+    assert spliced.positions[1].tolist() == [0, 0, 1, 2, 3, 4]
+    assert torch.equal(spliced.embeds[1, 2], audio[1, 0]) and (spliced.labels == x).all()
+    assert model.splice(embed.bfloat16(), PROMPTS, audio, LENS).embeds.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("pad_left", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_splice_equals_rows_put_together_one_by_one(embed, seed, pad_left):
+    rng = random.Random(seed)
+    some = [[rng.randrange(50) for _ in range(rng.randint(0, 6))] for _ in range(12)]
+    prompts, targets = list(zip(some[:4], some[4:8], strict=True)), some[8:]
+    lens, audio = torch.tensor([rng.randint(0, 5) for _ in range(3)] + [5]), torch.randn(4, 5, 4)
+    spliced = model.splice(embed, prompts, audio, lens, targets, pad_left)
+    for n, ((before, after), target) in enumerate(zip(prompts, targets, strict=True)):
+        words = [embed(torch.tensor(ids).long()) for ids in (before, after + target)]
+        row, real = torch.cat([words[0], audio[n, : lens[n]], words[1]]), spliced.mask[n].bool()
+        assert torch.equal(spliced.embeds[n][real], row) and not spliced.embeds[n][~real].any()
+        assert spliced.labels[n][real].tolist() == [-100] * (len(row) - len(target)) + target
+        assert (spliced.labels[n][~real] == -100).all()
+        assert spliced.positions[n][real].tolist() == list(range(len(row)))
+        assert real[-len(row) :].all() if pad_left else real[: len(row)].all()
+
+
+@pytest.mark.parametrize(("prompts", "lens", "targets"), [
+    (PROMPTS[:1], LENS, TARGETS), (PROMPTS, LENS, TARGETS[:1]), (PROMPTS, LENS[:1], TARGETS),
+    (PROMPTS, torch.tensor([4, 1]), TARGETS),
+])  # fmt: skip
+def test_splice_refuses_parts_that_do_not_match(embed, prompts, lens, targets):
+    with pytest.raises(ValueError, match="splice: "):
+        model.splice(embed, prompts, torch.randn(2, 3, 4), lens, targets)
+
+
+# ---- loss -------------------------------------------------------------------
+
+
+def example_batch(llm, tokenizer, generate=False, seed=0):
+    """Three clips of other lengths, with prompts of other lengths."""
+    torch.manual_seed(seed)
+    prompts = [model.build_prompt(tokenizer, PROMPT, None, names) for names in ("", "Ann", "Bo, C")]
+    end = model.end_of_turn(tokenizer)
+    texts = model.text_to_ids(tokenizer, ["press one", "please hold", "four"])
+    speech, targets = torch.randn(3, 6, 48) * 0.2, [[*ids, end] for ids in texts]
+    targets, embed = None if generate else targets, llm.get_input_embeddings()
+    return model.splice(embed, prompts, speech, torch.tensor([6, 2, 4]), targets, generate)
+
+
+def single(spliced, n):
+    """One row of a batch, its padding removed."""
+    real = spliced.mask[n].bool()
+    return model.Spliced(*(x[n : n + 1, real] for x in vars(spliced).values()))
+
+
+def as_theirs(spliced):
+    return {"inputs_embeds": spliced.embeds, "attention_mask": spliced.mask,
+            "position_ids": spliced.positions}  # fmt: skip
+
+
+def test_loss_equals_transformers_own_and_the_sum_of_its_rows(llm, tokenizer):
+    spliced = example_batch(llm, tokenizer)
+    total, count, right = model.transcript_loss(llm, spliced)
+    theirs, labels = llm(**as_theirs(spliced), labels=spliced.labels), spliced.labels[:, 1:]
+    assert count == int((labels != -100).sum())
+    assert (total / count).item() == pytest.approx(theirs.loss.item(), abs=1e-5)
+    best = theirs.logits[:, :-1].argmax(-1)
+    assert int(right) == int((best == labels)[labels != -100].sum())
+    rows = [model.transcript_loss(llm, single(spliced, n)) for n in range(3)]
+    assert total.item() == pytest.approx(sum(row[0].item() for row in rows), rel=1e-5)
+    smooth, *_ = model.transcript_loss(llm, spliced, label_smoothing=0.1)
+    log_probs = theirs.logits[:, :-1][labels != -100].log_softmax(-1)
+    expected = 0.9 * total - 0.1 * log_probs.mean(-1).sum()
+    assert smooth.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_adaptor_learns_through_an_llm_that_does_not(llm, tokenizer):
+    adaptor = model.AudioAdaptor(8, 48, 16, num_layers=1, num_heads=2)
+    emb, lens = adaptor(torch.randn(1, 5, 8), torch.tensor([5]))
+    prompt, target = model.build_prompt(tokenizer, PROMPT), [20, model.end_of_turn(tokenizer)]
+    spliced = model.splice(llm.get_input_embeddings(), [prompt], emb, lens, [target])
+    model.transcript_loss(llm, spliced)[0].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adaptor.parameters())
+    assert all(p.grad is None for p in llm.parameters())
+
+
+def test_rows_without_a_mask_are_read_as_with_one(llm, tokenizer):
+    torch.manual_seed(0)
+    other = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)).eval()
+    spliced = example_batch(llm, tokenizer)
+    real = spliced.mask.bool()
+    for one in (llm, other):
+        expected = one.model(**as_theirs(spliced)).last_hidden_state[real]
+        found = model.hidden_states(one, spliced.embeds)[real]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_never_waits_for_the_gpu(llm, tokenizer):
+    """On the meta device there are no values, so that to ask for one is an error."""
+    far = copy.deepcopy(llm).to("meta")
+    embed, prompts = far.get_input_embeddings(), [model.build_prompt(tokenizer, PROMPT)] * 2
+    spliced = model.splice(embed, prompts, torch.zeros(2, 3, 48, device="meta"), LENS, TARGETS)
+    loss, count, right = model.transcript_loss(far, spliced)
+    assert loss.device == right.device == torch.device("meta") and count == 5
+    with pytest.raises(RuntimeError, match="item"):  # what is spared
+        far.model(inputs_embeds=spliced.embeds, use_cache=False)
+
+
+# ---- decoding ---------------------------------------------------------------
+
+NO_STOP = -1
+STEPS = 10
+
+
+@pytest.fixture
+def no_loop_cut(monkeypatch):
+    """A random LLM soon repeats itself; these tests compare what comes before any cut."""
+    monkeypatch.setattr(model, "cut_loop", lambda ids, **_: False)
+
+
+def generated(llm, spliced, stop):
+    out = llm.generate(
+        inputs_embeds=spliced.embeds, attention_mask=spliced.mask, do_sample=False, pad_token_id=0,
+        eos_token_id=None if stop == NO_STOP else stop, max_new_tokens=STEPS).tolist()  # fmt: skip
+    return [ids[: ids.index(stop)] if stop in ids else ids for ids in out]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_greedy_equals_transformers_token_by_token(llm, tokenizer, no_loop_cut, seed):
+    spliced = example_batch(llm, tokenizer, generate=True, seed=seed)
+    before = copy.deepcopy(spliced)
+    free = model.greedy_decode(llm, spliced, NO_STOP, [STEPS] * 3)
+    assert free == generated(llm, spliced, NO_STOP) and len(set(map(tuple, free))) > 1
+    stop = free[1][2]  # each row ends at its own stop token
+    stopped = model.greedy_decode(llm, spliced, stop, [STEPS] * 3)
+    assert stopped == generated(llm, spliced, stop) and len(set(map(len, stopped))) > 1
+    alone = [model.greedy_decode(llm, single(spliced, n), stop, [STEPS])[0] for n in range(3)]
+    assert alone == stopped
+    caps = [free[0][:3], free[1], free[2][:1]]
+    assert model.greedy_decode(llm, spliced, NO_STOP, [3, STEPS, 1]) == caps
+    assert all(map(torch.equal, vars(spliced).values(), vars(before).values()))
+
+
+def test_a_runaway_loop_ends_its_row():
+    class Parrot(nn.Module):
+        """Layers of an LLM that says 1 2 3 1 2 3 ... whatever it hears."""
+
+        said = 0
+
+        def forward(self, **_):
+            self.said += 1
+            return SimpleNamespace(last_hidden_state=torch.full((1, 1), 1 + (self.said - 1) % 3))
+
+    head = lambda hidden: F.one_hot(hidden, 10).float()  # noqa: E731
+    config = transformers.Qwen3Config(**TINY)
+    parrot = SimpleNamespace(config=config, model=Parrot(), lm_head=head)
+    one = torch.ones(1, 2, dtype=torch.long)
+    spliced = model.Spliced(torch.zeros(1, 2, 4), one, one, one)
+    assert model.greedy_decode(parrot, spliced, 9, [200]) == [[1, 2, 3]]
+    assert parrot.model.said < 50
+
+
+def test_caps_leave_room_for_fast_speech_and_follow_ctc():
+    assert all(model.token_cap(seconds) >= 10 * seconds + 4 for seconds in (0.1, 1, 5, 30))
+    assert model.token_cap(30) == 368 and model.token_cap(30, 20.0) == 608
+    assert model.token_cap(30, 12.0, 11) == 21 and model.token_cap(1, 12.0, 100) == 20
+
+
+@pytest.mark.parametrize("period", [1, 2, 3, 8, 32])
+def test_cut_loop_leaves_one_copy(period):
+    loop, ids, cut = list(range(100, 100 + period)), [1, 2, 3], False
+    while not cut and len(ids) < 300:
+        ids.append(loop[(len(ids) - 3) % period])
+        cut = model.cut_loop(ids)
+    assert cut and ids == [1, 2, 3, *loop]
+
+
+@pytest.mark.parametrize("ids", [[], [7], [1, 2] * 3, [1, 2, 3, 1, 2, 4] * 2, list(range(60)),
+                                 [5, 6, 7, 7, 7, 7], [7] * 6])  # fmt: skip
+def test_ordinary_repeats_and_numbers_of_equal_digits_are_no_loop(ids):
+    before = list(ids)
+    assert not model.cut_loop(ids) and ids == before
+
+
+def test_an_answer_ends_with_a_stop_token_a_loop_or_its_cap():
+    answer = [5]
+    assert model.add_token(answer, 6, stop_id=2, cap=3) and answer == [5, 6]
+    assert not model.add_token(answer, 2, stop_id=2, cap=9) and answer == [5, 6]
+    assert not model.add_token(answer, 7, stop_id=2, cap=3) and answer == [5, 6, 7]
+    answer = [1, 8, 9, 8, 9, 8]
+    assert not model.add_token(answer, 9, stop_id=2, cap=7) and answer == [1, 8, 9]
+    answer = [4] * 15
+    assert not model.add_token(answer, 4, stop_id=2, cap=99) and answer == [4]
+
+
+# ---- text and scores --------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("Hello, World!", "hello world"), ("  Don't   stop -- now. ", "don't stop now"),
+    ("it’s “fine”", "it's fine"), ("'quoted' words'", "quoted words"),
+    ("twenty-one", "twenty one"), ("ＡＢＣ　１２３", "abc 123"), ("5 dollars", "5 dollars"),
+    ("line\nbreak\tand\u00a0space", "line break and space"), ("naïve CAFÉ", "naïve café"),
+    ("cafe\u0301", "café"), ("हिन्दी में", "हिन्दी में"), ("今天 天气，很好。", "今天天气很好"),
+    ("我 love 你", "我love你"), ("请 打开 hello world 页面", "请打开hello world页面"),
+    ("안녕 하세요", "안녕 하세요"), ("", ""), ("?!'", ""),
+])  # fmt: skip
+def test_normalize_text(text, expected):
+    assert model.normalize_text(text) == model.normalize_text(expected) == expected
+
+
+def random_sentences(words, seed, count=100):
+    generator = random.Random(seed)
+    return [" ".join(generator.choices(words, k=generator.randint(1, 12))) for _ in range(count)]
+
+
+def distance(a, b):
+    """Levenshtein distance, the textbook table."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        last, row[0] = row[0], i
+        for j, y in enumerate(b, start=1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
+    return row[-1]
+
+
+@pytest.mark.parametrize("words", [["one", "two", "three"], list("今天气很好")])
+def test_error_rates_equal_jiwers_and_a_table_of_distances(words):
+    texts = [random_sentences(words, seed) for seed in (1, 2)]
+    found, cjk = model.error_rate(*texts), len(words) == 5
+    joined = [[text.replace(" ", "") for text in side] for side in texts]
+    assert found["name"] == ("cer" if cjk else "wer")
+    expected = jiwer.cer(*joined) if cjk else jiwer.wer(*texts)
+    assert found["rate"] == pytest.approx(expected)
+    units = joined if cjk else [list(map(str.split, side)) for side in texts]
+    pairs = list(zip(*units, strict=True))
+    assert found["errors"] == sum(distance(*pair) for pair in pairs)
+    assert found["errors"] == sum(found[k] for k in ("substitutions", "deletions", "insertions"))
+    more = sum(len(hypothesis) - len(reference) for reference, hypothesis in pairs)
+    assert found["insertions"] - found["deletions"] == more
+
+
+@pytest.mark.parametrize(("references", "hypotheses", "expected"), [
+    (["a b c"], ["a b c"], (0.0, 0, 0, 0, 3, 0)), (["a b c"], [""], (1.0, 0, 3, 0, 3, 0)),
+    (["a"], ["a x y z"], (3.0, 0, 0, 3, 1, 0)), (["a b", ""], ["a b", "x"], (0.5, 0, 0, 1, 2, 1)),
+    (["a b c d"], ["a x c"], (0.5, 1, 1, 0, 4, 0)), ([""], [""], (0.0, 0, 0, 0, 0, 1)),
+    ([""], ["x"], (float("inf"), 0, 0, 1, 0, 1)), ([], [], (0.0, 0, 0, 0, 0, 0)),
+])  # fmt: skip
+def test_error_rate_by_hand(references, hypotheses, expected):
+    found = model.error_rate(references, hypotheses)
+    names = ("rate", "substitutions", "deletions", "insertions", "units", "empty")
+    assert tuple(found[name] for name in names) == expected
+
+
+def test_the_references_decide_between_words_and_characters():
+    assert model.error_rate(["今天"], ["jin tian"])["units"] == 2
+    assert model.error_rate(["two words"], ["今天很好"])["units"] == 2
+    assert model.error_rate(["今天 ok"], ["今天 ok"])["units"] == 4
+    assert model.error_rate(["안녕하세요"], ["안녕"])["deletions"] == 3
+    assert model.error_rate(["ab cd"], ["ab c"], characters=True)["rate"] == 0.25
+    assert model.error_rate(["今天", "a", "b"], ["", "", ""])["name"] == "wer"
+    assert model.error_rate(["Hello, you!"], ["hello you"])["rate"] == 0.0
+    assert model.error_rate(["Hello, you!"], ["hello you"], normalize=str)["rate"] == 1.0
+    with pytest.raises(ValueError, match="zip"):
+        model.error_rate(["a", "b"], ["a"])
