@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 FORMAT = 3  # of caches, checkpoints and config.json; others are refused
 IGNORE = -100  # label that cross-entropy skips, as in transformers
+NULL = ("null", "~")  # YAML's
 AUDIO_MARK = "<|earshot-audio|>"  # stands for the audio in a chat template; never tokenised
 
 
@@ -65,7 +66,7 @@ def load_config(arguments, defaults, aliases=None, optional=()):
     Raises  UserError naming file or argument, and the nearest key for one that is unknown.
     """
     config, aliases = OmegaConf.create(defaults), aliases or {}
-    known = flatten(OmegaConf.to_container(config))
+    known, off = flatten(OmegaConf.to_container(config)), set()
     try:
         for argument in arguments:
             if argument == "--config":
@@ -78,13 +79,16 @@ def load_config(arguments, defaults, aliases=None, optional=()):
                 where, given = argument, flatten(read_yaml(argument), where=f"{argument}: ")
             for key, value in given.items():
                 key = aliases.get(key, key)
-                if key in optional and value in ("null", "~"):
-                    OmegaConf.update(config, key, None)
+                off -= {section for section in off if key.startswith(f"{section}.")}
+                if key in optional and value in NULL:
+                    off.add(key)
                 elif key in known:
                     OmegaConf.update(config, key, convert(value, known[key], f"{where}: {key}"))
                 else:
                     nearest = difflib.get_close_matches(key, known, 1, 0.0)[0]
                     raise UserError(f"{where}: unknown key {key!r}; did you mean {nearest!r}?")
+        for section in off:
+            OmegaConf.update(config, section, None)
         config = OmegaConf.to_container(config, resolve=True)  # ${...}
     except OmegaConfBaseException as error:
         raise UserError(f"configuration: {str(error).splitlines()[0]}") from error
@@ -139,14 +143,14 @@ def flatten(tree, prefix="", where=""):
 def convert(value, default, where):
     """Bring what the user wrote to its default's type; where that is null or ???, it stays text."""
     if isinstance(default, list):
-        kind, items = default[0] if default else "", as_list(value)
+        kind, items = default[0] if default else "", [] if value in NULL else as_list(value)
         return [item if isinstance(item, list) else convert(item, kind, where) for item in items]
     if isinstance(value, list) and isinstance(default, str):  # of paths, or an error further on
         return value
-    if default is None and value in ("null", "~"):
+    if default is None and value in NULL:
         return None
     if isinstance(value, str) and (default is None or isinstance(default, str) or "${" in value):
-        return "" if value in ("null", "~") else value
+        return "" if value in NULL else value
     words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
     try:
         return words[value.lower()] if isinstance(default, bool) else type(default)(value)
@@ -294,8 +298,11 @@ def hash_tensors(tensors):
 
 def lock_folder(folder):
     """Make a folder, or refuse one that another process writes to; ends with the process."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    file = os.open(Path(folder) / "lock", os.O_RDWR | os.O_CREAT)  # stays open: it is the lock
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = os.open(Path(folder) / "lock", os.O_RDWR | os.O_CREAT)  # stays open: it is the lock
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to ({error.strerror})") from error
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -1367,6 +1374,7 @@ def error_rate(references, hypotheses, normalize=normalize_text, characters=None
 
 FIELDS = ("key", "source", "target", "language", "prompt", "hotwords", "question", "where")
 AISHELL_TEXT = "transcript/aishell_transcript_v0.8.txt"
+FORMS = ".jsonl, Kaldi, data_aishell:train, Parquet, save_to_disk, hf:NAME:SPLIT"
 
 
 def read_manifest(spec, cache_dir, columns=("audio", "text", "question")):
@@ -1392,7 +1400,7 @@ def read_manifest(spec, cache_dir, columns=("audio", "text", "question")):
     elif path.is_file():
         rows, files = jsonl_rows, [path]
     else:
-        return read_table(str(spec), cache_dir, columns)
+        return read_table(str(spec), columns)
     stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
     features = datasets.Features({name: datasets.Value("string") for name in FIELDS})
     try:
@@ -1478,30 +1486,35 @@ def aishell_rows(spec):
         yield row | {"language": "zh", "where": str(path)}
 
 
-def read_table(spec, cache_dir, columns):
+def read_table(spec, columns):
     """Parquet or `save_to_disk` folders, or a data set of the hub, under our column names."""
     import datasets
 
     try:
-        if spec.startswith("hf:"):
-            rows = datasets.load_dataset(*spec.split(":")[1:2], split=spec.split(":")[2])
+        if hub := re.fullmatch("hf:([^:]+):([^:]+)", spec):
+            rows = datasets.load_dataset(hub[1], split=hub[2])
         elif parquet := sorted(map(str, Path(spec).rglob("*.parquet"))):
-            rows = datasets.Dataset.from_parquet(parquet, cache_dir=str(cache_dir))
+            rows = datasets.Dataset.from_parquet(parquet)  # kept in datasets' own cache, once
         else:
             folders = sorted(path.parent for path in Path(spec).rglob("dataset_info.json"))
             rows = datasets.concatenate_datasets([datasets.load_from_disk(f) for f in folders])
     except Exception as error:  # of many types; the remedy is the same
         reason = " ".join(str(error).split())
-        raise UserError(f"{spec}: no manifest and no data set ({reason})") from error
-    if missing := [name for name in columns[:2] if name not in rows.column_names]:
-        raise UserError(f"{spec}: no column {missing[0]!r} in {', '.join(rows.column_names)}")
+        raise UserError(f"{spec}: is none of {FORMS} ({reason})") from error
+    for name in columns[:2]:
+        if name not in rows.column_names:
+            raise UserError(f"{spec}: no column {name!r} in {', '.join(rows.column_names)}")
     if isinstance(rows.features[columns[0]], datasets.Audio):
         rows = rows.cast_column(columns[0], datasets.Audio(decode=False))
-    names = dict(zip(columns, ("audio", "target", "question"), strict=True))
-    rows = rows.rename_columns({k: v for k, v in names.items() if k in rows.column_names})
-    where = [f"{Path(spec).name}:{number}" for number in range(len(rows))]
-    for name in sorted(set(FIELDS) - set(rows.column_names)):
-        rows = rows.add_column(name, where if name in ("key", "where") else [None] * len(where))
+    where = [f"{spec}:{number}" for number in range(len(rows))]
+    keys = list(map(str, rows["key"])) if "key" in rows.column_names else where
+    taken = dict(zip(columns, ("audio", "target", "question"), strict=True))
+    taken |= {name: name for name in ("language", "prompt", "hotwords")}
+    taken = {theirs: name for theirs, name in taken.items() if theirs in rows.column_names}
+    rows = rows.select_columns(list(taken)).rename_columns(taken)
+    for name in sorted(set(FIELDS) - set(taken.values())):
+        given = {"key": keys, "where": where}.get(name, [None] * len(where))
+        rows = rows.add_column(name, given)
     return rows
 
 

@@ -1,12 +1,17 @@
 """What all tests share: the root on the path, one thread, small twins of the released models."""
 
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+arrow = tempfile.TemporaryDirectory()  # where `datasets` keeps what it makes of Parquet
+os.environ["HF_DATASETS_CACHE"] = arrow.name
 
 import make_twins  # noqa: E402  (needs the path above)
 
