@@ -34,7 +34,6 @@ import json
 import math
 import os
 import re
-import resource
 import sys
 import tempfile
 import textwrap
@@ -96,7 +95,7 @@ class Clip:
     """One piece of a recording on its way through encode, build_prompts, decode and align."""
 
     row: dict
-    feats: torch.Tensor  # (T, F)
+    feats: np.ndarray  # (T, F); a tensor would take a file handle on its way from the worker
     start: float
     end: float
     speech: torch.Tensor | None = None  # (K, D), what the LLM reads
@@ -110,6 +109,14 @@ class Clip:
     text: str = ""
     words: tuple = ()
     translation: str | None = None
+
+
+@dataclass
+class Recording:
+    row: dict
+    clips: list
+    seconds: float
+    reason: str = ""  # why it is left out
 
 
 # ---- what is to be heard ----------------------------------------------------
@@ -155,7 +162,7 @@ def swap_speech(rows, seed):
 
 
 class Recordings(torch.utils.data.Dataset):
-    """row -> (row, pieces [(features, start_s, end_s)], seconds, why it is left out)."""
+    """Number of a row -> Recording: read, cut at pauses where it is long, features."""
 
     def __init__(self, rows, encoder, threshold_s):
         self.rows, self.encoder, self.threshold_s = rows, encoder, threshold_s
@@ -167,14 +174,14 @@ class Recordings(torch.utils.data.Dataset):
             spans = [(0, len(wave))]
             if len(wave) > self.threshold_s * rate:
                 spans = speech_spans(wave, rate, self.threshold_s)
-            pieces = []
+            clips = []
             for n, (first, end) in enumerate(spans):
                 key = row["key"] if len(spans) == 1 else f"{row['key']}#{n}"
-                feats = self.encoder.features(wave[first:end], key).numpy()  # tensors take handles
-                pieces.append((feats, first / rate, end / rate))
-            return row, pieces, len(wave) / rate, ""
+                feats = self.encoder.features(wave[first:end], key).numpy()
+                clips.append(Clip(row, feats, first / rate, end / rate))
+            return Recording(row, clips, len(wave) / rate)
         except model.AudioError as error:
-            return row, [], 0.0, f"{row['speech']}: {error}"
+            return Recording(row, [], 0.0, f"{row['speech']}: {error}")
 
 
 def speech_spans(wave, rate, max_s):
@@ -323,8 +330,8 @@ def token_texts(ids, tokenizer):
 def encode(clips, listener, device):
     """Encoder, adaptor and CTC: fills speech, log_probs, path, ctc_text and encoder_text."""
     lens = torch.tensor([len(clip.feats) for clip in clips])
-    feats = pad_sequence([clip.feats for clip in clips], batch_first=True).to(device)  # (B, T, F)
-    heard, own = listener.hear(feats, lens)
+    feats = pad_sequence([torch.from_numpy(clip.feats) for clip in clips], batch_first=True)
+    heard, own = listener.hear(feats.to(device), lens)  # of (B, T, F)
     for n, clip in enumerate(clips):
         if heard.speech is not None:
             clip.speech = heard.speech[n, : heard.speech_lens[n]]
@@ -525,9 +532,10 @@ def join_texts(texts):
     return joined
 
 
-def make_line(row, clips, seconds):
+def make_line(recording):
     """One recording's line of .jsonl."""
-    line = {"key": row["key"], "source": row["source"], "duration_s": round(seconds, 3)}
+    row, clips = recording.row, recording.clips
+    line = {"key": row["key"], "source": row["source"], "duration_s": round(recording.seconds, 3)}
     line |= {k: row[k] for k in ("speech", "speech_of") if "speech_of" in row}
     line["text"] = join_texts(clip.text for clip in clips)
     for name in ("ctc_text", "encoder_text", "translation"):
@@ -686,14 +694,12 @@ def main(cfg):
     )  # fmt: skip
     bar = tqdm(total=len(waiting), unit="recording", disable=None)
     for items in loader:
-        recordings = []
-        for row, pieces, seconds, reason in items:
-            clips = [Clip(row, torch.from_numpy(x), start, end) for x, start, end in pieces]
-            if reason:
-                dropped.append({"key": row["key"], "source": row["source"], "reason": reason})
-            else:
-                recordings.append((row, clips, seconds))
-        clips = sorted((c for _, cs, _ in recordings for c in cs), key=lambda c: -len(c.feats))
+        recordings = [item for item in items if not item.reason]
+        for item in items:
+            if item.reason:
+                known = {name: item.row[name] for name in ("key", "source")}
+                dropped.append(known | {"reason": item.reason})
+        clips = sorted((c for r in recordings for c in r.clips), key=lambda c: -len(c.feats))
         lengths = [clip.end - clip.start for clip in clips]
         for places in cut_batches(lengths, cfg.batch_s):  # a long recording has many pieces
             batch = [clips[n] for n in places]
@@ -706,11 +712,11 @@ def main(cfg):
                     translate(batch, cfg.translate, listener)
             for clip in batch:
                 clip.feats = clip.speech = clip.log_probs = None  # what is done leaves the memory
-        lines += [make_line(*recording) for recording in recordings]
+        lines += map(make_line, recordings)
         with open(jsonl, "a", encoding="utf-8") as file:
             for line in lines[len(lines) - len(recordings) :]:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        heard_s += sum(seconds for _, _, seconds in recordings)
+        heard_s += sum(recording.seconds for recording in recordings)
         bar.update(len(items))
         if len(dropped) > cfg.max_dropped:
             break
@@ -724,20 +730,17 @@ def main(cfg):
         many = f"{len(dropped)} recordings cannot be used"
         raise model.UserError(f"{many}, more than max_dropped={cfg.max_dropped}")
     close_lines(jsonl, lines, rows)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory
     summary = {
         "clips": len(lines), "dropped": len(dropped), "elapsed_s": round(elapsed_s, 3),
         "hours": sum(line["duration_s"] for line in lines) / 3600,
-        "rtf": elapsed_s / heard_s if heard_s else None, "memory_gib": memory / 2**30,
-        "scores": score(lines),
+        "rtf": elapsed_s / heard_s if heard_s else None, "scores": score(lines),
     }  # fmt: skip
     write_outputs(outputs, lines, summary)
     if not outputs:
         print("\n".join(map(text_line, lines)))
     print(
         f"{len(lines)} recordings, {summary['hours']:.3f} h, {len(dropped)} left out | "
-        f"{elapsed_s:.1f} s, RTF {summary['rtf'] or 0:.4f}, {memory / 2**30:.2f} GiB"
+        f"{elapsed_s:.1f} s, RTF {summary['rtf'] or 0:.4f}"
     )
     for kind, found in summary["scores"].items():
         rates = {name: rate for name, rate in found.items() if name[:3] in ("wer", "cer")}

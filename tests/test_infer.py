@@ -47,8 +47,8 @@ def world(tmp_path_factory, whisper_folder, qwen3_folder):
     data = [f"data.train={manifest}", f"cache.dir={folder / 'c'}", "workers=0"]
     call(precompute, *data, f"encoder.name={whisper_folder}")
     call(train_phase2, *data, f"data.valid={manifest}", f"llm.name={qwen3_folder}",
-         "batch_clips=12", f"run.dir={folder / 'run'}", "adaptor.hidden_dim=32", "adaptor.num_layers=1",
-         "adaptor.num_heads=4", "adaptor.stack=2", "adaptor.dropout=0", "optim.warmup_steps=2",
+         "batch_clips=12", f"run.dir={folder / 'run'}", "adaptor.hidden_dim=32",
+         "adaptor.num_layers=1", "adaptor.num_heads=4", "adaptor.stack=2", "adaptor.dropout=0", "optim.warmup_steps=2",
          "optim.clip=1", "optim.max_steps=160", "optim.lr=1e-2", "loss.ctc_weight=0.3",
          "llm.lora.r=8", "run.save_every=0", "run.valid_every=0", "run.log_every=0")  # fmt: skip
     return SimpleNamespace(
@@ -116,7 +116,7 @@ def test_drafts_take_few_passes(world, outcome, monkeypatch, tmp_path):
     clips = []
     for row in model.read_manifest(world.manifest, tmp_path).to_list():
         feats = listener.encoder.features(model.load_audio(row["source"], 16000), row["key"])
-        clips.append(infer.Clip(row, feats, 0.0, 1.0))
+        clips.append(infer.Clip(row, feats.numpy(), 0.0, 1.0))
     cfg = model.load_config([world.dir], infer.DEFAULTS)
     with torch.no_grad():
         infer.encode(clips, listener, torch.device("cpu"))
@@ -135,7 +135,7 @@ def test_llm_and_ctc_choose_together(world, outcome, tmp_path):
     listener, more = load_listener(world), 0
     for row in model.read_manifest(world.manifest, tmp_path).to_list():
         feats = listener.encoder.features(model.load_audio(row["source"], 16000), row["key"])
-        clip = infer.Clip(row, feats, 0.0, 1.0)
+        clip = infer.Clip(row, feats.numpy(), 0.0, 1.0)
         with torch.no_grad():
             infer.encode([clip], listener, torch.device("cpu"))
             both = [outcome[row["key"]]["text"], clip.ctc_text]
