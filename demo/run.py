@@ -88,7 +88,7 @@ def transcribe(cfg, name, folder, inputs, *arguments):
     out = Path(cfg.run) / f"{name}.jsonl"
     arguments = [config_of(cfg, "infer"), f"model.dir={folder}", f"out={out}", *arguments, inputs]
     run_stage(cfg, f"infer {name}", "infer.py", arguments, out)
-    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    return read_rows(out)
 
 
 def rate(lines, kind="text"):
@@ -106,11 +106,23 @@ def rate(lines, kind="text"):
     return {"wer": total, "se": float(np.std(found)), "wer_field": field}
 
 
-def show(title, rows):
-    print(f"\n{title}\n  {'':44} {'WER':>8}          {'field':>8}")
-    for label, row in rows.items():
-        wer, se, field = (100 * row[name] for name in ("wer", "se", "wer_field"))
-        print(f"  {label:44} {wer:6.1f} % +- {se:4.1f} {field:7.1f} %")
+def read_rows(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def finish(cfg, folder, table, formats, more):
+    """results.json and the last screen. formats: {column: how its numbers are written}."""
+    seconds = json.loads(Path(cfg.run, "seconds.json").read_text())
+    about = {"seed": cfg.seed, "seconds": seconds} | more
+    model.save(Path(folder) / "results.json", about | {"rows": table})
+    print(f"\n{'':44}" + "".join(f"{name:>14}" for name in formats))
+    for label, row in table.items():
+        print(f"{label:44}" + "".join(f"{f.format(row[k]):>14}" for k, f in formats.items()))
+    parts = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+    print(f"{', '.join(f'{value} {name}' for name, value in more.items())}, seed {cfg.seed}")
+    print(f"{sum(seconds.values()) / 60:.1f} minutes (seconds: {parts})")
+    print(f"{folder}/results.json", *sorted(map(str, Path(folder).glob("*.html"))), end=" ")
+    print(*sorted(map(str, Path(folder).glob("**/plots/*.png"))))
 
 
 # ---- adaptor: precompute, phase 1, phase 2, infer ---------------------------
@@ -118,55 +130,48 @@ def show(title, rows):
 
 def adaptor(cfg):
     print(
-        "Whisper tiny.en's encoder, an adaptor and SmolLM2-135M learn to hear telephone prompts: "
-        "weights and speech (4 minutes, 300 MB), encoder outputs (3), phase 1 (7), phase 2 (2), "
-        "transcripts (3). About 18 minutes on 2 free cores."
+        "Whisper tiny.en's encoder, an adaptor and SmolLM2-135M learn to hear telephone prompts:\n"
+        "weights and speech (3 minutes, 200 MB), encoder outputs (3), phase 1 (8), phase 2 (2), "
+        "transcripts (3).\nAbout 18 minutes on 2 free cores."
     )
     prepare(cfg, "run")
-    run, data = Path(cfg.run), f"{cfg.home}/data"
-    quick = cfg.quick
-    other = Path(f"{data}/other.jsonl").read_text().strip()
-    tests = f"{data}/test.jsonl" + (f",{data}/other.jsonl" if other else "")
-    arguments = [config_of(cfg, "precompute"), f"data.test={tests}"]
+    run, data, quick = Path(cfg.run), f"{cfg.home}/data", cfg.quick
+    test, other = f"{data}/test.jsonl", f"{data}/other.jsonl" if not cfg.speech else ""
+    arguments = [config_of(cfg, "precompute"), f"data.test={test},{other}"]
     run_stage(cfg, "precompute", "precompute.py", arguments, f"{cfg.home}/cache/dropped.jsonl")
     short = ["optim.max_steps=60", "run.valid_every=30"] if quick else []
     train(cfg, "phase1", "train_phase1.py", short)
     short = ["optim.max_steps=4", "run.valid_clips=8", "optim.warmup_steps=1"] if quick else []
     train(cfg, "phase2", "train_phase2.py", [f"init.dir={run}/phase1", *short])
 
-    alone = "decode.ctc_weight=0"
-    lines = transcribe(cfg, "test", run / "phase2", f"{data}/test.jsonl")
-    hears = transcribe(cfg, "test_llm_alone", run / "phase2", f"{data}/test.jsonl", alone)
-    wrong = transcribe(cfg, "test_wrong_audio", run / "phase2", f"{data}/test.jsonl", alone,
-                       "control.wrong_audio=true")  # fmt: skip
-    rows = [json.loads(line) for line in Path(f"{data}/train_real.jsonl").read_text().splitlines()]
-    model.save(run / "train_part.jsonl", rows[:: max(1, len(rows) // 40)][:40])
-    known = transcribe(cfg, "train", run / "phase2", run / "train_part.jsonl")
+    phase2, alone = run / "phase2", "decode.ctc_weight=0"
+    lines = transcribe(cfg, "test", phase2, test)
+    wrong = [alone, "control.wrong_audio=true"]
+    model.save(run / "train_part.jsonl", read_rows(f"{data}/train_real.jsonl")[::11][:40])
     table = {
         "Whisper tiny.en, its own decoder": rate(whisper_decoder(cfg, lines)),
         "CTC read-out of the adaptor, no LLM": rate(lines, "ctc_text"),
-        "SmolLM2 with LoRA and CTC, choosing together": rate(lines),
-        "SmolLM2 alone, without CTC's text": rate(hears),
-        "SmolLM2 alone, another clip's speech": rate(wrong),
-        "SmolLM2 and CTC, 40 texts of training": rate(known),
+        "SmolLM2 with LoRA and CTC, together": rate(lines),
+        "SmolLM2 alone, without CTC's text": rate(transcribe(cfg, "alone", phase2, test, alone)),
+        "  with another clip's speech": rate(transcribe(cfg, "wrong", phase2, test, *wrong)),
+        "together, 40 clips of training": rate(
+            transcribe(cfg, "train", phase2, run / "train_part.jsonl")
+        ),
     }
     if other:
-        clips = transcribe(cfg, "other", run / "phase2", f"{data}/other.jsonl")
-        table["SmolLM2 and CTC, 11 clips of other speakers"] = rate(clips)
-    command = [
-        sys.executable,
-        ROOT / "report.py",
-        run / "test.jsonl",
-        f"{cfg.home}/transcripts.html",
-    ]
-    subprocess.run(command, check=True)
+        table["together, 11 clips of other speakers"] = rate(
+            transcribe(cfg, "other", phase2, other)
+        )
+    page = [run / "test.jsonl", f"{cfg.home}/transcripts.html"]
+    subprocess.run([sys.executable, ROOT / "report.py", *page], check=True)
     plots = Path(cfg.home) / "plots"
     plots.mkdir(exist_ok=True)
-    plot_curves({"phase 1": run / "phase1", "phase 2": run / "phase2"}, plots / "curves.png")
+    plot_curves({"phase 1": run / "phase1", "phase 2": phase2}, plots / "curves.png")
     plot_words(
         max(lines, key=lambda x: x["duration_s"] * (x["duration_s"] < 6)), plots / "words.png"
     )
-    finish(cfg, table, {"clips": len(lines), "words": sum(len(x["target"].split()) for x in lines)})
+    more = {"clips": len(lines), "words": sum(len(x["target"].split()) for x in lines)}
+    finish(cfg, cfg.home, table, dict.fromkeys(("wer", "se", "wer_field"), "{:.1%}"), more)
 
 
 def train(cfg, name, script, arguments):
@@ -195,19 +200,101 @@ def whisper_decoder(cfg, lines):
             texts = processor.batch_decode(ids, skip_special_tokens=True)
             found += [line | {"text": text} for line, text in zip(batch, texts, strict=True)]
         model.save(path, found)
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return read_rows(path)
 
 
-def finish(cfg, table, more):
-    """results.json and the last screen."""
-    seconds = json.loads((Path(cfg.run) / "seconds.json").read_text())
-    home = Path(cfg.home)
-    model.save(home / "results.json", {"seed": cfg.seed, "rows": table, "seconds": seconds} | more)
-    show(f"{', '.join(f'{v} {k}' for k, v in more.items())}, seed {cfg.seed}", table)
-    minutes = sum(seconds.values()) / 60
-    parts = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
-    print(f"  {minutes:.1f} minutes (seconds: {parts})")
-    print(f"  {home}/results.json  {home}/transcripts.html  {home}/plots/")
+# ---- telephone: finetune_encoder.py -----------------------------------------
+
+AUGMENT = ["specaug=SpecAugLFR", "telephone_conf.prob=0.5", "telephone_conf.packet_loss_prob=0.3",
+           "dataset_conf.speed_perturb=0.9,1.0,1.1"]  # fmt: skip
+
+
+def telephone(cfg):
+    print(
+        "Whisper tiny.en's encoder with a CTC head over characters learns telephone speech: the "
+        "head alone, then\nwith the encoder's upper blocks, then with augmentation. About 15 "
+        "minutes on 2 free cores after make demo."
+    )
+    prepare(cfg, "telephone")
+    run, data = Path(cfg.run), f"{cfg.home}/data"
+    synthetic = read_rows(f"{data}/train_synthetic.jsonl")
+    model.save(run / "train_synthetic.jsonl", synthetic[:-100])
+    model.save(run / "held_out.jsonl", synthetic[-100:])
+    sets = {"held-out texts": f"{data}/test.jsonl", "synthetic": run / "held_out.jsonl"}
+    sets |= {} if cfg.speech else {"other speakers": f"{data}/other.jsonl"}
+    real = f"{data}/train_real.jsonl"
+    common = [f"train_data_set_list={real},{real},{run}/train_synthetic.jsonl", f"seed={cfg.seed}"]
+    start = finetune(cfg, "start", 120, common)
+    top = [f"init_param={start}", "audio_encoder_conf.freeze=false"]
+    top += ["audio_encoder_conf.freeze_layer_num=1"]
+    rows = {"head": [f"init_param={start}"], "top": top, "augmented": [*top, *AUGMENT]}
+    labels = ("the head alone, encoder frozen", "and the encoder's three upper blocks",
+              "and SpecAug, telephone line, speed")  # fmt: skip
+    table = {}
+    for label, (name, arguments) in zip(labels, rows.items(), strict=True):
+        folder, table[label] = finetune(cfg, name, 160, [*common, *arguments]), {}
+        for column, manifest in sets.items():
+            stage = f"{name} {column}".replace(" ", "_")
+            lines = transcribe(cfg, stage, folder, manifest, "decode.ctc_weight=0")
+            table[label][column] = rate(lines)["wer"]
+    finish(cfg, run, table, dict.fromkeys(sets, "{:.1%}"), {"held-out clips": len(lines)})
+
+
+def finetune(cfg, name, steps, arguments):
+    folder = f"{cfg.run}/{name}"
+    steps = 4 if cfg.quick else steps
+    own = [f"output_dir={folder}", f"train_conf.max_steps={steps}"]
+    arguments = [config_of(cfg, "telephone"), *arguments, *own]
+    run_stage(cfg, name, "finetune_encoder.py", arguments, f"{folder}/results.json")
+    return folder
+
+
+# ---- steermoe: train_steermoe.py --------------------------------------------
+
+
+def steermoe(cfg):
+    print(
+        "Frozen Whisper tiny.en and frozen SmolLM2-135M, joined by steering, by one Linear, and by "
+        "stacked frames:\n16 clips by heart, then the training prompts, then held-out clips. About "
+        "12 minutes on 2 free cores after make demo."
+    )
+    prepare(cfg, "steermoe")
+    run, data, sixteen = Path(cfg.run), f"{cfg.home}/data", {}
+    for row in read_rows(f"{data}/train_real.jsonl"):
+        text = model.normalize_text(row["target"])
+        if " " in text and 0.8 < model.audio_seconds(row["source"]) < 2.2 and len(sixteen) < 16:
+            sixteen.setdefault(text, row)
+    model.save(run / "sixteen.jsonl", sixteen.values())
+    by_heart = [f"parquet_dirs={run}/sixteen.jsonl", f"eval_dirs={run}/sixteen.jsonl",
+                "max_steps=40", "log_steering_analysis=false"]  # fmt: skip
+    kinds = {"steering": [], "linear": ["steering=null"]}
+    kinds["stack"] = ["steering=null", "adaptor=stack", "pooling_kernel_size=1"]
+    table = {}
+    for name, kind in kinds.items():
+        known = bridge(cfg, f"{name}_sixteen", name + "_sixteen", "steermoe.pt", kind, by_heart)
+        own = [f"parquet_dirs={data}/train_real.jsonl"]
+        trained = bridge(cfg, name, name, "steermoe.pt", kind, own)
+        own = ["mode=test", f"parquet_dirs={data}/test.jsonl"]
+        bridge(cfg, f"{name} test", name, "test.json", kind, own)
+        scores = json.loads((trained / "test.json").read_text())
+        numbers = sum(w.numel() for w in model.read_weights(trained / "steermoe.pt").values())
+        table[name] = {
+            "trained": numbers, "WER of 16": read_rows(known / "metrics.jsonl")[-1]["wer"],
+            "train loss": read_rows(trained / "metrics.jsonl")[-1]["ce"],
+            "loss": scores["eval_ce"], "WER": scores["wer"], "token accuracy": scores["eval_acc"],
+        }  # fmt: skip
+    formats = {"trained": "{:,}", "WER of 16": "{:.1%}", "train loss": "{:.2f}", "loss": "{:.2f}"}
+    formats |= {"WER": "{:.1%}", "token accuracy": "{:.1%}"}
+    finish(cfg, run, table, formats, {"held-out clips": scores["clips"]})
+
+
+def bridge(cfg, stage, folder, done, *arguments):
+    folder = Path(cfg.run) / folder
+    own = [f"training.output_dir={folder}", f"seed={cfg.seed}", "resume=true"]
+    own += ["max_steps=4"] if cfg.quick else []
+    arguments = [config_of(cfg, "steermoe"), *(x for part in arguments for x in part), *own]
+    run_stage(cfg, stage, "train_steermoe.py", arguments, folder / done)
+    return folder
 
 
 # ---- pictures ---------------------------------------------------------------
@@ -217,7 +304,7 @@ def plot_curves(runs, path):
     """Losses and error rates over the steps of some runs."""
     figure, axes = plt.subplots(1, len(runs), figsize=(5.5 * len(runs), 4), layout="constrained")
     for axis, (title, folder) in zip(np.atleast_1d(axes), runs.items(), strict=True):
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rows = read_rows(folder / "metrics.jsonl")
         for name in ("loss", "nce", "ctc", "ce", "valid_ce", "ctc_wer", "wer"):
             points = [(row["step"], row[name]) for row in rows if row.get(name)]
             if points:
@@ -244,7 +331,7 @@ def plot_words(line, path):
     plt.close(figure)
 
 
-DEMOS = {"adaptor": adaptor}
+DEMOS = {"adaptor": adaptor, "telephone": telephone, "steermoe": steermoe}
 
 
 if __name__ == "__main__":
