@@ -1,33 +1,27 @@
 """Adapt Fun-ASR-Nano's encoder to telephone speech, by FunASR's own keys; errors before and after.
 
-    python finetune_encoder.py configs/stage1.yaml [key=value ...]         # ++key=value works too
+    python finetune_encoder.py configs/stage1.yaml [key=value ...]          # ++key=value works too
     python finetune_encoder.py configs/telephone_8k.yaml configs/telephone_8k_from_hub.yaml
     torchrun --nproc_per_node 4 finetune_encoder.py configs/stage1.yaml
-    python finetune_encoder.py configs/stage1.yaml --check                 # all but the training
+    python finetune_encoder.py configs/stage1.yaml --check                  # all but the training
     python finetune_encoder.py merge runs/stage1 Fun-ASR-Nano-2512/model.pt -o merged/
 
 Loss    llm_weight x cross-entropy of the transcript through the LLM, smoothed by lsm_weight
         + ctc_weight x CTC, which reaches the encoder unless detach_ctc_decoder
-        + distill_weight x squared distance of what the encoder makes of speech on the simulated
-          line to what the encoder that the run began with makes of the same speech, clean;
-        each summed over the step of all processes and divided by its labels (or frames).
-Data    train_data_set_list: telephone speech; telephone_conf.data_set_list: clean speech that goes
-        through a simulated line; clean_data_set_list: rehearsal, data_mix of an epoch. Manifests as
-        model.read_manifest takes them, or FunASR's .list of .jsonl files; commas between.
+        + distill_weight x squared distance of what the encoder hears on the simulated line to what
+          the encoder that the run began with hears of the same speech, clean;
+        each summed over the step of all processes and divided by its labels (or frames)
 Input   the released folder (model.pt, multilingual.tiktoken, Qwen3-0.6B/); or a Whisper, which
-        gets a CTC head over the characters or words of the training transcripts
-Output  output_dir/trained.pt   what has changed: the better of the best checkpoint and the average
-        output_dir/config.json  all else that infer.py and `merge` need, with the base's hash
-        output_dir/last.pt      to resume; step-*.pt and avg.pt: the best checkpoints
-        output_dir/results.json, table.md, worst.txt, curves.png, dropped.jsonl, metrics.jsonl
-Units   dataset_conf's lengths count 10 ms frames of audio plus text tokens; SpecAug's time masks
-        count feature frames, which are 60 ms here and 10 ms with Whisper.
+        gets a CTC head over characters or words. Manifests, or FunASR's .list of .jsonl files
+Output  output_dir/trained.pt (what has changed: the better of the best checkpoint and the average)
+        and config.json, for infer.py and `merge`; step-*.pt, avg.pt, last.pt to resume; table.md,
+        results.json, worst.txt, curves.png, dropped.jsonl; metrics.jsonl and TensorBoard events
 Papers  SpecAugment 1904.08779, CTC (Graves 2006), packet loss as a Markov chain (Gilbert 1960)
-Source  what keys are called and mean, and the layers: funasr 1.4.16. It parses ctc_weight,
-        detach_ctc_decoder, lsm_weight and specaug, but trains on the cross-entropy alone.
+Source  layers, and what keys are called and mean: funasr 1.4.16. It parses ctc_weight, lsm_weight,
+        detach_ctc_decoder and specaug, but trains on the plain cross-entropy alone.
 Logged  ce (nats per label token), acc, ctc (nats per CTC label), distill (squared distance per
-        frame and dimension), impossible (clips with more CTC labels than frames), dropped, lr,
-        grad_norm, audio_s_per_s, memory_gib; of telephone, simulated and clean validation clips
+        frame and dimension), impossible (clips with more CTC labels than frames), dropped (clips
+        that cannot be read), lr, grad_norm (mean), audio_s_per_s, gpu_gib; of validation sets
         SET_llm_er and SET_ctc_er (WER, or CER for Chinese), SET_ce, SET_ctc, SET_distill
 """
 
@@ -38,13 +32,12 @@ import functools
 import io
 import json
 import math
-import os
 import random
 import shutil
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,298 +51,200 @@ import yaml
 from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import model
 
 DEFAULTS = """
-# The values of the release; keys that FunASR does not have are marked +.
-model: FunASRNano        # where init_param does not say it: hub name or folder of the whole model
+# The release's values. A key marked + is not FunASR's, - changes nothing, = has only this value.
+model: FunASRNano        # hub name or folder of the whole model, where init_param is null
 init_param: null         # model.pt, its folder, or + a run folder of this script to go on from
 model_conf:
   lsm_weight: 0.1        # label smoothing of the cross-entropy
   length_normalized_loss: true  # losses per label; false: per clip
 audio_encoder: SenseVoiceEncoderSmall  # + or a Whisper, by hub name or folder
 audio_encoder_conf:
-  output_size: 512
-  attention_heads: 4
-  linear_units: 2048
-  num_blocks: 50
-  tp_blocks: 20
+  <<: {output_size: 512, attention_heads: 4, linear_units: 2048, num_blocks: 50, tp_blocks: 20}
+  <<: {kernel_size: 11, dropout_rate: 0.1, attention_dropout_rate: 0.1}
   freeze: true
   freeze_layer_num: -1   # > 0: so many blocks from below stay frozen
-  activation_checkpoint: false  # computes a third more, for most of the memory
-  dropout_rate: 0.1
-  positional_dropout_rate: 0.1
-  attention_dropout_rate: 0.1
-  input_layer: pe
-  pos_enc_class: SinusoidalPositionEncoder
-  normalize_before: true
-  kernel_size: 11
-  sanm_shfit: 0
-  selfattention_layer_type: sanm
-  feat_permute: true
+  <<: {positional_dropout_rate: 0.1, feat_permute: true}  # - FunASR's encoder reads neither
+  <<: {input_layer: pe, pos_enc_class: SinusoidalPositionEncoder, normalize_before: true}  # =
+  <<: {sanm_shfit: 0, selfattention_layer_type: sanm}  # =
 llm: Qwen3-0.6b          # none: no LLM in memory, CTC and distillation only
 llm_conf:
-  hub: hf
   freeze: true
-  llm_dtype: bf16        # or fp32; of a frozen LLM on a GPU, all else takes fp32
-  init_param_path: Qwen3-0.6B  # folder of its configuration, beside model.pt
+  llm_dtype: bf16        # or fp32; of a frozen LLM on a GPU, all else is fp32
+  init_param_path: Qwen3-0.6B    # folder of its configuration, beside model.pt
+  hub: hf                # - the LLM's files lie in the model's own folder
   use_lora: false        # beside a frozen LLM
   lora_conf:
-    freeze_lora: true
-    task_type: CAUSAL_LM
-    r: 16
-    lora_alpha: 32
-    lora_dropout: 0.05
-    bias: none
-    target_modules: [q_proj, v_proj]
-    init_param_path: null
+    <<: {r: 16, lora_alpha: 32, lora_dropout: 0.05, target_modules: [q_proj, v_proj]}
+    <<: {freeze_lora: true, task_type: CAUSAL_LM}  # - use_lora decides; a causal LLM it is
+    <<: {bias: none, init_param_path: null}  # =
 llm_weight: 1.0          # +
-audio_adaptor: Transformer
 audio_adaptor_conf:
-  downsample_rate: 1
+  <<: {downsample_rate: 1, encoder_dim: 512, llm_dim: 1024, ffn_dim: 2048, n_layer: 2}
   use_low_frame_rate: true
-  ffn_dim: 2048
-  llm_dim: 1024
-  encoder_dim: 512
-  n_layer: 2
   freeze: true
-ctc_decoder: Transformer
 ctc_decoder_conf:
-  downsample_rate: 1
-  ffn_dim: 2048
-  llm_dim: 512
-  encoder_dim: 512
-  n_layer: 5
+  <<: {downsample_rate: 1, encoder_dim: 512, llm_dim: 512, ffn_dim: 2048, n_layer: 5}
   freeze: false          # decoder and head
-detach_ctc_decoder: true # true: CTC trains its own branch and never reaches the encoder
+detach_ctc_decoder: true # CTC trains its own branch and never reaches the encoder
 ctc_weight: 1.0
 ctc_conf:
   dropout_rate: 0.0
-  ctc_type: builtin
-  reduce: true
-  ignore_nan_grad: true
+  ctc_type: builtin      # =
+  <<: {reduce: true, ignore_nan_grad: true}  # - summed over the step; a NaN stops the run
 distill_weight: 0.0      # +
-frontend: WavFrontend
 frontend_conf:
   fs: 16000              # or 8000, for telephone speech as it is; other rates are resampled
   mel_axis: pretrained   # + at 8000: pretrained, or native, FunASR's warped one
   dither: 1.0            # + FunASR's default, in inference too
-  window: hamming
-  n_mels: 80
-  frame_length: 25
-  frame_shift: 10
-  lfr_m: 7
-  lfr_n: 6
   cmvn_file: null
-specaug: null            # or SpecAugLFR
-specaug_conf:
-  apply_time_warp: false
-  time_warp_window: 5
-  apply_freq_mask: true
-  freq_mask_width_range: [0, 20]
-  lfr_rate: 6
-  num_freq_mask: 2
-  apply_time_mask: true
-  time_mask_width_range: [0, 10]
-  num_time_mask: 2
+  <<: {window: hamming, n_mels: 80, frame_length: 25, frame_shift: 10, lfr_m: 7, lfr_n: 6}  # =
+specaug: ""              # or SpecAugLFR
+specaug_conf:            # time masks count feature frames: 60 ms, with Whisper 10 ms
+  <<: {apply_freq_mask: true, freq_mask_width_range: [0, 20], num_freq_mask: 2, lfr_rate: 6}
+  <<: {apply_time_mask: true, time_mask_width_range: [0, 10], num_time_mask: 2}
   time_mask_max_ratio: 0.1  # + no time mask is longer than this share of its clip
   fill: mean             # + the clip's mean, or zero as in FunASR, which is below any silence
+  apply_time_warp: false # =
+  time_warp_window: 5    # - there is no time warp
 telephone_conf:          # + the simulated line
   data_set_list: []      # clean speech that always goes through it
   prob: 0.0              # share of train_data_set_list's clips that go through it too
   band_prob: 1.0         # 300-3400 Hz
-  noise_prob: 0.5        # white noise
-  snr_db: [5.0, 30.0]
-  level_prob: 1.0
-  level_db: [-30.0, 0.0] # peak, dBFS
-  codec_prob: 1.0
-  codecs: [mulaw, alaw, gsm]  # one of them is drawn
-  packet_loss_prob: 0.5  # share of the clips that lose packets
-  packet_loss_rate: [0.01, 0.05]  # share of their 20 ms packets
+  <<: {noise_prob: 0.5, snr_db: [5.0, 30.0]}  # white noise
+  <<: {level_prob: 1.0, level_db: [-30.0, 0.0]}  # peak, dBFS
+  <<: {codec_prob: 1.0, codecs: [mulaw, alaw, gsm]}  # one of them is drawn
+  <<: {packet_loss_prob: 0.5, packet_loss_rate: [0.01, 0.05]}  # of 20 ms packets
   packet_loss_burst: 2.0 # packets lost in a row, on average
 data_mix: 0.0            # + share of an epoch that is clean rehearsal
 train_conf:
-  use_lora: false
-  accum_grad: 1
+  <<: {accum_grad: 1, max_epoch: 2, keep_nbest_models: 200, avg_nbest_model: 100}
   grad_clip: 5.0         # of the gradient's norm; 0: off
-  max_epoch: 2
   max_steps: 0           # + > 0: exactly so many, whatever max_epoch says
-  keep_nbest_models: 200
   log_interval: 100      # steps; 0: never, as of the next two
   validate_interval: 2000  # also at the end of every epoch, and so is the next
   save_checkpoint_interval: 2000
-  avg_nbest_model: 100
   early_stopping_patience: 0  # > 0: stop after so many validations without a better score
-  valid_decode: 200      # + clips of each set that the LLM transcribes; at the end all
-  use_bf16: false
-  use_deepspeed: true
-  deepspeed_config: null
-  save_init_model: false
-  effective_save_name_excludes: [llm.]
-  resume: true
-optim: adamw
+  valid_clips: 200       # + clips of each set that are scored and decoded; at the end all
+  <<: {use_bf16: false, resume: true}
+  use_deepspeed: false   # = true in the release; several GPUs: torchrun; memory: use_bf16
+  deepspeed_config: null # - DeepSpeed is not used
+  use_lora: false        # - llm_conf.use_lora decides
+  <<: {save_init_model: false, effective_save_name_excludes: [llm.]}  # - what changed is saved
 optim_conf:
   lr: 5.0e-6             # peak
   ctc_lr: 0.0            # + of CTC decoder and head; 0: as lr
   layer_decay: 1.0       # + rate of an encoder block over that of the one above it
   weight_decay: 0.0      # not on norms and biases
   betas: [0.9, 0.999]
-scheduler: warmuplr
-scheduler_conf:
-  warmup_steps: 2500
-dataset: FunASR
-dataset_conf:
-  index_ds: FunASR
-  batch_sampler: BatchSampler
+scheduler_conf: {warmup_steps: 2500}
+dataset_conf:            # lengths are 10 ms frames of audio and text tokens
   batch_type: token      # token (frames + text), length (frames) or example
   batch_size: 6000       # of that unit, padding included, per process
   batch_size_sample_max: 10     # clips of a batch
   batch_size_token_max: 6000    # LLM positions of a batch, padding included
-  batch_size_scale_ratio_max: 2.0
-  batch_size_scale_threshold: 3000
-  max_token_length: 3500 # longer clips are counted and named
-  max_source_length: 12000
-  min_source_length: 10
-  max_target_length: 2048
-  shuffle: true
-  sort_size: 1024
+  max_token_length: 3500 # longer clips are counted and named, as of the next three
+  <<: {max_source_length: 12000, min_source_length: 10, max_target_length: 2048}
   num_workers: 4
-  speed_perturb: [1.0]   # + factors, of which one is drawn for a training clip
-  audio_adaptor_downsample_rate: ${audio_adaptor_conf.downsample_rate}
-  audio_encoder_downsample_rate: 6
-  data_split_num: 256
   retry: 2000            # stop when more clips than this cannot be read
-  prompt_classes: MultiContextPrompt
-  prompt_conf:
-    max_neg_hotwords_num: 0
-    min_neg_hotwords_num: 0
-    use_hist: false
-    use_one_pass_result: true
-    use_hotwords: true   # those of a clip's field `hotwords`
-    use_asr_hotwords: true
-    chinese_hotwords_list: null
-    english_hotwords_list: null
+  speed_perturb: [1.0]   # + factors, of which one is drawn for a training clip
   ctc_tokenizer: SenseVoiceTokenizer  # + char or word, with Whisper
   ctc_target_normalize: true    # lower case, no punctuation
   ctc_tokenizer_conf:
     vocab_path: null     # null: multilingual.tiktoken beside model.pt
-    is_multilingual: true
-    num_languages: 8749
-  use_dynamic_output_ratio: 0.0
-tokenizer: HuggingfaceTokenizer
+    <<: {is_multilingual: true, num_languages: 8749}  # - special tokens are no targets
+  prompt_classes: MultiContextPrompt  # - the prompt is that of inference; FunASR's is another
+  prompt_conf:
+    use_hotwords: true   # those of a clip's field `hotwords`
+    <<: {use_asr_hotwords: true, use_hist: false, use_one_pass_result: true}  # - inference has none
+    <<: {max_neg_hotwords_num: 0, min_neg_hotwords_num: 0}  # - no hotwords are made up
+    <<: {chinese_hotwords_list: null, english_hotwords_list: null}  # - no hotwords are made up
+  <<: {index_ds: FunASR, shuffle: true}  # =
+  batch_sampler: BatchSampler   # - FunASR maps every name to one sampler; batch_type decides
+  sort_size: 1024        # - pools of like clips are as large as keeps the padding small
+  data_split_num: 256    # - an epoch is one pass; FunASR makes so many over one .jsonl
+  audio_encoder_downsample_rate: 6  # - FunASR reads it nowhere; a frame has 60 ms
+  audio_adaptor_downsample_rate: ${audio_adaptor_conf.downsample_rate}  # - the adaptor's decides
+  <<: {batch_size_scale_ratio_max: 2.0, batch_size_scale_threshold: 3000}  # - FunASR reads neither
+  use_dynamic_output_ratio: 0.0     # - FunASR reads it and does nothing with it
+<<: {audio_adaptor: Transformer, ctc_decoder: Transformer, frontend: WavFrontend, optim: adamw}  # =
+<<: {scheduler: warmuplr, dataset: FunASR, tokenizer: HuggingfaceTokenizer}  # =
 tokenizer_conf:
-  init_param_path: ${llm_conf.init_param_path}
-  unk_symbol: <unk>
+  init_param_path: ${llm_conf.init_param_path}  # - the tokenizer lies with the LLM's configuration
+  unk_symbol: <unk>      # - a byte-level tokenizer knows every text; FunASR ignores the key
 enable_tf32: true
-debug: false
-train_data_set_list: []
-valid_data_set_list: []
-clean_data_set_list: []        # + clean rehearsal
+debug: false             # - there is no debug mode
+<<: {train_data_set_list: [], valid_data_set_list: []}  # telephone speech; commas between several
+clean_data_set_list: []  # + clean rehearsal
 clean_valid_data_set_list: []  # + scored as it is, and through the simulated line
 output_dir: ???
 seed: 0                  # +
 device: auto             # + auto, cpu or cuda
 """
 
-ONLY = """
-audio_adaptor ctc_decoder frontend frontend_conf.window frontend_conf.n_mels
-frontend_conf.frame_length frontend_conf.frame_shift frontend_conf.lfr_m frontend_conf.lfr_n
-specaug_conf.apply_time_warp optim scheduler dataset dataset_conf.index_ds dataset_conf.shuffle
-audio_encoder_conf.input_layer audio_encoder_conf.pos_enc_class audio_encoder_conf.normalize_before
-audio_encoder_conf.sanm_shfit audio_encoder_conf.selfattention_layer_type ctc_conf.ctc_type
-tokenizer llm_conf.lora_conf.bias llm_conf.lora_conf.init_param_path
-"""  # keys of which the default is all that is implemented: another value stops the run
-
-NO_EFFECT = """
-audio_encoder_conf.positional_dropout_rate: the released encoder has no dropout on its positions
-audio_encoder_conf.feat_permute: features are (batch, time, bins) always
-llm_conf.hub: the LLM's files lie in the model's own folder
-llm_conf.lora_conf.freeze_lora: LoRA trains whenever llm_conf.use_lora is true
-llm_conf.lora_conf.task_type: the LLM is a causal one
-train_conf.use_lora: llm_conf.use_lora decides
-ctc_conf.reduce: the loss is summed, and divided by the labels of the whole step
-ctc_conf.ignore_nan_grad: clips with more labels than frames are left out; a NaN stops the run
-specaug_conf.time_warp_window: there is no time warp
-train_conf.deepspeed_config: DeepSpeed is not used
-train_conf.save_init_model: the base stays where it is; a run names it and its hash
-train_conf.effective_save_name_excludes: what changed is saved; `merge` writes the whole model
-dataset_conf.batch_sampler: FunASR maps every name to one sampler; batch_type decides
-dataset_conf.batch_size_scale_ratio_max: FunASR reads it nowhere
-dataset_conf.batch_size_scale_threshold: FunASR reads it nowhere
-dataset_conf.sort_size: pools of like clips are as large as keeps padding at 3 %
-dataset_conf.audio_adaptor_downsample_rate: audio_adaptor_conf.downsample_rate decides
-dataset_conf.audio_encoder_downsample_rate: FunASR reads it nowhere; a frame has 60 ms
-dataset_conf.data_split_num: an epoch is one pass; FunASR makes so many passes over one .jsonl
-dataset_conf.use_dynamic_output_ratio: FunASR reads it and does nothing with it
-dataset_conf.prompt_classes: the prompt is that of inference; FunASR trains with another one
-dataset_conf.prompt_conf.max_neg_hotwords_num: no hotwords are made up
-dataset_conf.prompt_conf.min_neg_hotwords_num: no hotwords are made up
-dataset_conf.prompt_conf.use_hist: the prompt of inference has no history
-dataset_conf.prompt_conf.use_one_pass_result: the prompt of inference has no first-pass result
-dataset_conf.prompt_conf.use_asr_hotwords: a clip's names stand in its field `hotwords`
-dataset_conf.prompt_conf.chinese_hotwords_list: no hotwords are made up
-dataset_conf.prompt_conf.english_hotwords_list: no hotwords are made up
-dataset_conf.ctc_tokenizer_conf.is_multilingual: the release's tokenizer is the multilingual one
-dataset_conf.ctc_tokenizer_conf.num_languages: special tokens are never targets
-tokenizer_conf.init_param_path: the tokenizer lies beside the LLM's configuration
-tokenizer_conf.unk_symbol: a byte-level tokenizer knows every text; FunASR ignores the key
-debug: there is no debug mode
-"""  # keys that are accepted and change nothing, and why
-ANSWERS = dict(line.split(": ", 1) for line in NO_EFFECT.strip().splitlines())
-
 SANM = "SenseVoiceEncoderSmall"
-CTC_PREFIXES = ("ctc_decoder.", "ctc.")  # the branch that Hugging Face's model.pt lacks
-SENSEVOICE_SPECIALS = 1679  # special tokens behind the ranks of multilingual.tiktoken
+CTC = ("ctc_decoder", "ctc")  # the branch that Hugging Face's model.pt lacks
 CODECS = {"mulaw": "ULAW", "alaw": "ALAW", "gsm": "GSM610"}  # libsndfile's names
-SETS = ("telephone", "simulated", "clean")  # clips as they are, on the simulated line, clean
+SETS = ("telephone", "simulated", "clean")  # as it is, through the simulated line, clean speech
 
 
-def check(cfg):
-    """Refuse values that are not implemented, and those that cannot work."""
-    default, conf = OmegaConf.create(DEFAULTS), cfg.telephone_conf
-    for key in ONLY.split():
-        only, value = OmegaConf.select(default, key), OmegaConf.select(cfg, key)
+def marked(mark):
+    """{dotted key: what stands behind the mark} of the keys that DEFAULTS marks so."""
+    found, sections = {}, []
+    for line in DEFAULTS.splitlines():
+        setting, _, comment = line.partition("# ")
+        name, _, value = setting.strip().partition(":")
+        sections[(len(line) - len(line.lstrip())) // 2 :] = [name]
+        if comment.startswith(mark):
+            names = yaml.safe_load(value) if name == "<<" else [name]
+            found |= {".".join([*sections[:-1], name]): comment[2:] for name in names}
+    return found
+
+
+def check(cfg, say, verbose):
+    """Refuse what is not implemented or cannot work; say what changes nothing."""
+    default, line = OmegaConf.create(DEFAULTS), cfg.telephone_conf
+    for key, why in marked("-").items():
+        value = OmegaConf.select(cfg, key)
+        if verbose or value != OmegaConf.select(default, key):
+            say(f"note: {key}={value} changes nothing: {why}")
+    for key, why in marked("=").items():
+        value, only = OmegaConf.select(cfg, key), OmegaConf.select(default, key)
         if value != only:
-            raise model.UserError(f"{key}: only {only!r} is implemented, got {value!r}")
-    if cfg.train_conf.use_deepspeed:
-        several = "several GPUs: torchrun; too little memory: train_conf.use_bf16=true, "
+            raise model.UserError(f"{key}: only {only!r} is implemented, got {value!r} {why}")
+    if cfg.audio_encoder != SANM:
+        rest = "frontend_conf, llm_conf, audio_adaptor_conf and, but for freeze, audio_encoder_conf"
+        say(f"note: a Whisper has its own front end and sizes; {rest} change nothing")
+    for key, allowed in (
+        ("llm", ("Qwen3-0.6b", "none")),
+        ("llm_conf.llm_dtype", ("bf16", "fp32")),
+        ("specaug", ("", "SpecAugLFR")),
+        ("dataset_conf.batch_type", ("token", "length", "example")),
+        ("dataset_conf.ctc_tokenizer", ("SenseVoiceTokenizer", "char", "word")),
+    ):
+        model.one_of(allowed, cfg, key)
+    if (cfg.audio_encoder == SANM) != (cfg.dataset_conf.ctc_tokenizer == "SenseVoiceTokenizer"):
         raise model.UserError(
-            "train_conf.use_deepspeed: DeepSpeed is not used here, set it to false; " + several
-            + "audio_encoder_conf.activation_checkpoint=true, a smaller dataset_conf.batch_size"
-        )  # fmt: skip
-    model.one_of(("token", "length", "example"), cfg, "dataset_conf.batch_type")
-    model.one_of(("SenseVoiceTokenizer", "char", "word"), cfg, "dataset_conf.ctc_tokenizer")
-    model.one_of(("bf16", "fp32"), cfg, "llm_conf.llm_dtype")
-    model.one_of(("Qwen3-0.6b", "none"), cfg, "llm")
-    if cfg.specaug not in (None, "", "SpecAugLFR"):
-        raise model.UserError(f"specaug: expected null or SpecAugLFR, got {cfg.specaug!r}")
+            "dataset_conf.ctc_tokenizer: Whisper's is char or word, Nano's neither"
+        )
     if cfg.llm_conf.use_lora and not cfg.llm_conf.freeze:
         raise model.UserError("llm_conf.use_lora: LoRA trains beside a frozen LLM; set freeze=true")
-    if not 0 <= cfg.data_mix < 1:
-        raise model.UserError(f"data_mix is a share below 1, got {cfg.data_mix}")
-    if not 0 < cfg.optim_conf.lr < 0.1:
-        raise model.UserError(f"optim_conf.lr={cfg.optim_conf.lr:g} is no rate for AdamW")
-    if unknown := set(conf.codecs) - set(CODECS):
-        raise model.UserError(
-            f"telephone_conf.codecs: {min(unknown)} is none of {', '.join(CODECS)}"
-        )
-    for key in ("snr_db", "level_db", "packet_loss_rate"):
-        pair = list(conf[key])
-        if len(pair) != 2 or pair[0] > pair[1] or key == "packet_loss_rate" and pair[1] >= 1:
-            raise model.UserError(f"telephone_conf.{key}: expected [lowest, highest], got {pair}")
-    sizes = ("batch_size", "batch_size_sample_max", "batch_size_token_max")
-    model.at_least(1, cfg, *(f"dataset_conf.{name}" for name in sizes))
-    names = ("accum_grad", "max_epoch", "keep_nbest_models", "avg_nbest_model")
-    model.at_least(1, cfg, "telephone_conf.packet_loss_burst", *(f"train_conf.{n}" for n in names))
-    names = ("log", "validate", "save_checkpoint")
-    model.at_least(0, cfg, "train_conf.grad_clip", *(f"train_conf.{n}_interval" for n in names))
-    model.at_least(0, cfg, "dataset_conf.num_workers", "scheduler_conf.warmup_steps")
-    if min(cfg.dataset_conf.speed_perturb, default=0) <= 0:
-        raise model.UserError("dataset_conf.speed_perturb: expected factors above 0")
+    if not 0 <= cfg.data_mix < 1 or max(line.packet_loss_rate) >= 1:
+        raise model.UserError("data_mix and telephone_conf.packet_loss_rate are shares below 1")
+    if unknown := set(line.codecs) - set(CODECS):
+        raise model.UserError(f"telephone_conf.codecs: {min(unknown)} is none of {list(CODECS)}")
+    for minimum, section, names in (
+        (1, "train_conf", "accum_grad max_epoch keep_nbest_models avg_nbest_model"),
+        (0, "train_conf", "grad_clip log_interval validate_interval save_checkpoint_interval"),
+        (1, "dataset_conf", "batch_size batch_size_sample_max batch_size_token_max"),
+        (1, "telephone_conf", "packet_loss_burst"),
+    ):
+        model.at_least(minimum, cfg, *(f"{section}.{name}" for name in names.split()))
 
 
 # ---- the simulated telephone line -------------------------------------------
@@ -374,7 +269,8 @@ def simulate_telephone(wave, conf, rng):
     if rng.random() < conf.codec_prob:
         wave = through_codec(wave, rng.choice(list(conf.codecs)))
     if rng.random() < conf.packet_loss_prob:
-        wave = lose_packets(wave, rng.uniform(*conf.packet_loss_rate), conf.packet_loss_burst, rng)
+        rate = rng.uniform(*conf.packet_loss_rate)
+        wave = lose_packets(wave, rate, conf.packet_loss_burst, rng)
     return wave
 
 
@@ -400,13 +296,6 @@ def lose_packets(wave, rate, burst, rng):
 # ---- Fun-ASR-Nano: front end, tokenizers, layers, prompt --------------------
 
 
-@functools.cache
-def mel_filters():
-    """Kaldi's 80 mel filters over the 31.25 Hz bins of 512 points at 16 kHz: (256, 80)."""
-    warp = 100.0, -500.0, 1.0  # of vocal tract length, off
-    return torchaudio.compliance.kaldi.get_mel_banks(80, 512, 16000.0, 20.0, 0.0, *warp)[0].T
-
-
 def telephone_fbank(wave, key="", dither=1.0):
     """Log-mel of 8 kHz speech on the mel axis of a 16 kHz front end: (N,) -> (T, 80), 10 ms each.
 
@@ -419,14 +308,13 @@ def telephone_fbank(wave, key="", dither=1.0):
     """
     if len(wave) < 200:
         raise model.AudioError(f"{len(wave) / 8000:.3f} s is shorter than one 25 ms window")
+    kaldi, hz = torchaudio.compliance.kaldi, torch.arange(256) * 31.25
+    settings = {"sample_frequency": 8000.0, "window_type": "hamming"}
+    settings["dither"] = dither * 0.5**0.5  # at half the rate half the variance is as much a Hz
     narrow, wide = (torch.hamming_window(n, periodic=False) for n in (200, 400))
-    hz = torch.arange(256) * 31.25
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(model.hash_text(key)[:15], 16))
-        power = torchaudio.compliance.kaldi.spectrogram(
-            wave.float()[None] * 32768, sample_frequency=8000.0, window_type="hamming",
-            dither=dither * 0.5**0.5,  # at half the rate half the variance is the same noise a Hz
-        ).exp()  # fmt: skip  # (T, 129)
+        power = kaldi.spectrogram(wave.float()[None] * 32768, **settings).exp()  # (T, 129)
         uniform = torch.rand(len(power), 127)
 
     def pre_emphasis(rate):
@@ -435,7 +323,8 @@ def telephone_fbank(wave, key="", dither=1.0):
     gain = pre_emphasis(16000) / pre_emphasis(8000) * (wide.sum() / narrow.sum()) ** 2
     level = dither**2 * (wide**2).sum() * pre_emphasis(16000)
     noise = level[129:] * -uniform.clamp(min=1e-30).log()  # power of Gaussian noise
-    energies = torch.cat([power * gain[:129], noise], dim=1) @ mel_filters()  # (T, 80)
+    filters, _ = kaldi.get_mel_banks(80, 512, 16000.0, 20.0, 0.0, 100.0, -500.0, 1.0)  # (80, 256)
+    energies = torch.cat([power * gain[:129], noise], dim=1) @ filters.T  # (T, 80)
     return energies.clamp(min=torch.finfo(torch.float32).eps).log()
 
 
@@ -450,18 +339,16 @@ class NanoFrontend:
 
     def __init__(self, fs=16000, mel_axis="native", dither=1.0, cmvn_file=None, **_):
         if fs not in (8000, 16000) or mel_axis not in ("pretrained", "native"):
-            got = f"got fs={fs}, mel_axis={mel_axis}"
-            raise model.UserError(
-                f"frontend_conf: fs 8000, 16000; mel_axis pretrained, native; {got}"
-            )
+            said = f"got fs={fs}, mel_axis={mel_axis}"
+            raise model.UserError(f"frontend_conf: 8000 or 16000, pretrained or native; {said}")
         self.sample_rate, self.mel_axis, self.dither = fs, mel_axis, dither
         self.cmvn = model.load_cmvn(cmvn_file) if cmvn_file else None
 
     def features(self, wave, key=""):
-        if self.sample_rate == 16000 or self.mel_axis == "native":
-            feats = model.kaldi_fbank(wave, self.sample_rate, key, self.dither)
-        else:
+        if self.sample_rate == 8000 and self.mel_axis == "pretrained":
             feats = telephone_fbank(wave, key, self.dither)
+        else:
+            feats = model.kaldi_fbank(wave, self.sample_rate, key, self.dither)
         feats = model.apply_lfr(feats)
         return feats if self.cmvn is None else (feats + self.cmvn[0]) * self.cmvn[1]
 
@@ -472,19 +359,19 @@ class NanoFrontend:
 class SenseVoiceTokenizer:
     """multilingual.tiktoken: text <-> CTC classes; special tokens are no targets, never read."""
 
+    symbols, specials = None, 1679  # special tokens stand behind the ranks
+
     def __init__(self, path):
         import tiktoken
 
         if not Path(path).is_file():
-            where = "it lies beside ModelScope's model.pt, and CTC needs it"
-            raise model.UserError(f"{path}: no such file; {where}")
+            raise model.UserError(f"{path}: no such file; CTC needs it, ModelScope has it")
         lines = [line.split() for line in Path(path).read_bytes().splitlines() if line.strip()]
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         pattern = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
         rest = {"mergeable_ranks": ranks, "special_tokens": {}}
         self.coder = tiktoken.Encoding("multilingual", pat_str=pattern, **rest)
-        self.ranks, self.classes = len(ranks), len(ranks) + SENSEVOICE_SPECIALS
-        self.symbols = None
+        self.ranks, self.classes = len(ranks), len(ranks) + self.specials
 
     def encode(self, text):
         return self.coder.encode_ordinary(text)
@@ -496,49 +383,36 @@ class SenseVoiceTokenizer:
 class SymbolTokenizer:
     """Characters or words as CTC classes, for an encoder without a head of its own."""
 
-    def __init__(self, kind, symbols):
-        self.kind, self.symbols, self.classes = kind, list(symbols), len(symbols)
+    def __init__(self, kind, texts, symbols):
+        self.split, self.joint = (list, "") if kind == "char" else (str.split, " ")
+        self.symbols = symbols or sorted({s for text in texts for s in self.split(text)})
         self.class_of = {symbol: number for number, symbol in enumerate(self.symbols)}
-
-    @classmethod
-    def of_texts(cls, kind, texts):
-        return cls(kind, sorted({symbol for text in texts for symbol in cls.split(kind, text)}))
-
-    @staticmethod
-    def split(kind, text):
-        return list(text) if kind == "char" else text.split()
+        self.classes = len(self.symbols)
 
     def encode(self, text):
         """Classes of the symbols that the training transcripts had; others are left out."""
-        return [self.class_of[s] for s in self.split(self.kind, text) if s in self.class_of]
+        return [self.class_of[s] for s in self.split(text) if s in self.class_of]
 
     def decode(self, classes):
-        return ("" if self.kind == "char" else " ").join(self.symbols[c] for c in classes)
-
-
-class FunASRAttention(nn.Module):
-    def __init__(self, size, heads):
-        super().__init__()
-        self.heads = heads
-        self.linear_q, self.linear_k = nn.Linear(size, size), nn.Linear(size, size)
-        self.linear_v, self.linear_out = nn.Linear(size, size), nn.Linear(size, size)
-
-    def forward(self, x, mask):
-        projected = self.linear_q(x), self.linear_k(x), self.linear_v(x)
-        split = [t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in projected]
-        attended = F.scaled_dot_product_attention(*split, attn_mask=mask[:, None, None])
-        return self.linear_out(attended.transpose(1, 2).flatten(2))
+        return self.joint.join(self.symbols[c] for c in classes)
 
 
 class FunASRBlock(nn.Module):
-    def __init__(self, size, heads):
+    """Pre-norm attention and feed-forward, under the names of FunASR."""
+
+    def __init__(self, size, heads=8):
         super().__init__()
-        self.self_attn = FunASRAttention(size, heads)
+        names, self.heads = ("linear_q", "linear_k", "linear_v", "linear_out"), heads
+        self.self_attn = nn.ModuleDict({name: nn.Linear(size, size) for name in names})
         self.feed_forward = model.SANMFeedForward(size, size // 4, 0.0)
         self.norm1, self.norm2 = (nn.LayerNorm(size, eps=1e-12) for _ in range(2))
 
-    def forward(self, x, mask):
-        x = x + self.self_attn(self.norm1(x), mask)
+    def forward(self, x, mask):  # x (B, T, D), mask (B, T)
+        *linears, linear_out = self.self_attn.values()
+        projected = [linear(self.norm1(x)) for linear in linears]
+        split = [t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in projected]
+        attended = F.scaled_dot_product_attention(*split, attn_mask=mask[:, None, None])
+        x = x + linear_out(attended.transpose(1, 2).flatten(2))
         return x + self.feed_forward(self.norm2(x))
 
 
@@ -548,19 +422,16 @@ class FunASRTransformer(nn.Module):
     Input   x (B, T, encoder_dim), lens (B,) on the CPU.
     Output  (B, ceil(T / k), llm_dim), lens (B,); k = downsample_rate. Rows past lens mean nothing;
             padding, even NaN, never reaches a real one.
-    Source  funasr/models/llm_asr/adaptor.py, whose state-dict names it keeps. There are neither
-            positions nor a norm at the end.
     """
 
     def __init__(
-        self, downsample_rate=1, encoder_dim=512, llm_dim=1024, ffn_dim=2048, n_layer=2,
-        attention_heads=8, **_,
-    ):  # fmt: skip
+        self, downsample_rate=1, encoder_dim=512, llm_dim=1024, ffn_dim=2048, n_layer=2, **_
+    ):
         super().__init__()  # FunASR's sections have more keys, such as freeze
         self.stack, self.width = downsample_rate, llm_dim
         self.linear1 = nn.Linear(encoder_dim * downsample_rate, ffn_dim)
         self.linear2 = nn.Linear(ffn_dim, llm_dim)
-        self.blocks = nn.ModuleList([FunASRBlock(llm_dim, attention_heads) for _ in range(n_layer)])
+        self.blocks = nn.ModuleList([FunASRBlock(llm_dim) for _ in range(n_layer)])
 
     def forward(self, x, lens):
         x = x.masked_fill(~model.length_mask(lens, x.shape[1], x.device)[..., None], 0.0)
@@ -577,22 +448,21 @@ class FunASRTransformer(nn.Module):
 class CTCOutput(nn.Module):
     """FunASR's CTC head `ctc.ctc_lo`: one Linear over the vocabulary, the blank last."""
 
-    def __init__(self, width, size, dropout=0.0):
+    def __init__(self, width, classes, dropout_rate=0.0, **_):
         super().__init__()
-        self.ctc_lo, self.blank, self.dropout = nn.Linear(width, size), size - 1, dropout
+        self.ctc_lo, self.blank = nn.Linear(width, classes + 1), classes
+        self.dropout = nn.Dropout(dropout_rate)
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):  # in bf16 they would be off by 1 %
-            x = F.dropout(x.float(), self.dropout, self.training)
-            return self.ctc_lo(x).log_softmax(-1)
+            return self.ctc_lo(self.dropout(x.float())).log_softmax(-1)
 
 
 def llm_positions(frames):
     """How many adaptor frames the LLM sees, about T / 8: 480 ms a position.
 
-    FunASR's `use_low_frame_rate`: nothing is pooled. The adaptor keeps all T frames and the LLM
-    gets the first n, into which encoder and adaptor have learned to pack the clip; all T would be
-    out of distribution for the release. frames: a number, an array or a tensor.
+    FunASR's `use_low_frame_rate` pools nothing. The adaptor keeps all T frames and the LLM gets the
+    first n, into which encoder and adaptor have learned to pack the clip.
     """
     for _ in range(3):  # as three convolutions of stride 2 would leave
         frames = (frames - 1) // 2 + 1
@@ -600,17 +470,16 @@ def llm_positions(frames):
 
 
 class FunASRNano(nn.Module):
-    """Fun-ASR-Nano: encoder, adaptor, Qwen3; beside them a CTC decoder and its head, 868.9 M.
+    """Fun-ASR-Nano: encoder, adaptor, Qwen3; beside them a CTC decoder and its head. 868.9 M.
 
     Any part but the encoder may be None. Names of the state dict are the release's.
-    Source  funasr/models/fun_asr_nano/model.py, equal to it within 1e-4.
+    Source  funasr's model of that name, equal to it within 1e-4.
     """
 
-    def __init__(self, audio_encoder, audio_adaptor=None, llm=None, ctc_decoder=None, ctc=None,
-                 low_frame_rate=True):  # fmt: skip
+    def __init__(self, encoder, adaptor=None, llm=None, ctc_decoder=None, ctc=None, low_rate=True):
         super().__init__()
-        self.audio_encoder, self.audio_adaptor, self.llm = audio_encoder, audio_adaptor, llm
-        self.ctc_decoder, self.ctc, self.low_frame_rate = ctc_decoder, ctc, low_frame_rate
+        self.audio_encoder, self.audio_adaptor, self.llm = encoder, adaptor, llm
+        self.ctc_decoder, self.ctc, self.low_rate = ctc_decoder, ctc, low_rate
 
     def blocks(self):
         """Blocks of the encoder, from input to output."""
@@ -625,12 +494,9 @@ class FunASRNano(nn.Module):
         return enc.float(), lens
 
     def listen(self, enc, lens):
-        """What the LLM hears: the first llm_positions(T) frames of the adaptor. (B, n, D), (B,)."""
+        """What the LLM hears of it: (B, n, D), (B,)."""
         emb, emb_lens = self.audio_adaptor(enc, lens)
-        heard = llm_positions(lens) if self.low_frame_rate else emb_lens
-        if bool((heard > emb_lens).any()):
-            key = "audio_adaptor_conf.downsample_rate"
-            raise model.UserError(f"{key}: other than 1 does not go with use_low_frame_rate")
+        heard = llm_positions(lens) if self.low_rate else emb_lens
         return emb[:, : int(heard.max())], heard
 
     def ctc_log_probs(self, enc, lens):
@@ -640,7 +506,7 @@ class FunASRNano(nn.Module):
         return self.ctc(enc), lens
 
     def hear(self, enc, lens):
-        """enc, lens -> model.Heard, without what there is no part for."""
+        """enc, lens -> model.Heard, None where the part is missing."""
         speech, speech_lens = (None, None) if self.llm is None else self.listen(enc, lens)
         heard = model.Heard(speech, speech_lens, lens)
         if self.ctc is not None:
@@ -651,13 +517,13 @@ class FunASRNano(nn.Module):
 
 
 @functools.lru_cache(1024)
-def nano_prompt(tokenizer, language="", hotwords="", instruction=""):
+def nano_prompt(tokenizer, hotwords="", language="", instruction=""):
     """The prompt of FunASR's inference, as (before, after) token ids around the audio.
 
     FunASR trains with another header; here training and inference share this.
     """
     text = ""
-    if names := ", ".join(model.as_list(hotwords or "")):
+    if names := ", ".join(model.as_list(hotwords)):
         text = "请结合上下文信息，更加准确地完成语音转写任务。如果没有相关信息，我们会留空。\n\n\n"
         text += f"**上下文信息：**\n\n\n热词列表：[{names}]\n"
     text += instruction or (f"语音转写成{language}：" if language else "语音转写：")
@@ -669,23 +535,9 @@ def nano_prompt(tokenizer, language="", hotwords="", instruction=""):
 # ---- loading ----------------------------------------------------------------
 
 
-@dataclass
-class Parts:
-    """A model with all that belongs to it, and where it comes from."""
-
-    nano: FunASRNano
-    frontend: object  # features(wave, key), out_lens, sample_rate, frame_ms
-    tokenizer: object = None  # the LLM's
-    ctc_tokenizer: object = None
-    base: Path | None = None  # model.pt
-    base_hash: str = ""
-    first: dict = field(default_factory=dict)  # tensors of the run that it goes on from
-    random_ctc: bool = False
-
-
 def read_run(folder):
     """config.json of a run folder of this script; {} for anything else."""
-    if not folder or not (Path(folder) / "trained.pt").is_file():
+    if not (Path(folder) / "trained.pt").is_file():
         return {}
     run = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     if run.get("format") != model.FORMAT or run.get("script") != "finetune_encoder":
@@ -694,416 +546,265 @@ def read_run(folder):
 
 
 def read_base(path):
-    """Tensors of a released, merged or FunASR-trained model.pt, memory-mapped."""
     weights = model.read_weights(path, mmap=True)
-    weights = weights.get("state_dict", weights)
-    if not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise model.UserError(f"{path}: not a plain state dict of tensors")
-    return weights
+    return weights.get("state_dict", weights)
 
 
-def load_tensors(nano, weights, where, may_lack=()):
-    """Copy tensors into the parts that nano has. UserError names what does not fit.
-
-    may_lack    prefixes of names that need not be there; ("",) where only some parts are given.
-    """
-    own, parts = nano.state_dict(), {name for name, _ in nano.named_children()}
-    weights = {name: value for name, value in weights.items() if name.split(".")[0] in parts}
-    missing = [name for name in own if name not in weights and not name.startswith(may_lack)]
-    unknown = [name for name in weights if name not in own]
-    wrong = [
-        f"{name} is {tuple(weights[name].shape)}, expected {tuple(value.shape)}"
-        for name, value in own.items() if name in weights and weights[name].shape != value.shape
-    ]  # fmt: skip
-    for problem, names in (("of another size", wrong), ("missing", missing), ("unknown", unknown)):
-        if names:
-            found = f"{len(names)} tensors are {problem}: {'; '.join(names[:2])}"
-            raise model.UserError(f"{where}: does not fit the configuration, {found}")
-    nano.load_state_dict(weights, strict=False)
+def load_tensors(nano, weights, where):
+    """All tensors of the parts that nano has, strictly."""
+    parts = {name for name, _ in nano.named_children()}
+    model.load_weights(nano, {k: v for k, v in weights.items() if k.split(".")[0] in parts}, where)
 
 
-def load_qwen(folder, dtype):
-    """Qwen3 with random weights, and its tokenizer: its own weights are in model.pt."""
+def load_nano(parts, conf, llm_dtype, with_llm, with_ctc):
+    """Fun-ASR-Nano of a model.pt. with_ctc: a file without CTC branch gets a random one."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    if not (folder / "config.json").is_file():
-        raise model.UserError(f"{folder}: no config.json of the LLM (llm_conf.init_param_path)")
-    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    if stop is None or len(tokenizer) > config.vocab_size:
-        rows = f"{len(tokenizer)} tokens, <|im_end|> {stop}; the LLM has {config.vocab_size} rows"
-        raise model.UserError(f"{folder}: the tokenizer is of another vocabulary: {rows}")
-    llm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    return llm, tokenizer
-
-
-def load_nano(conf, base, llm_dtype, with_llm, new_ctc):
-    """Fun-ASR-Nano of a model.pt. new_ctc: a file without CTC branch gets a random one."""
-    weights = read_base(base)
-    has_ctc = "ctc.ctc_lo.weight" in weights
-    nano = FunASRNano(model.SenseVoiceEncoder(**conf["audio_encoder_conf"]))
-    parts = Parts(nano, NanoFrontend(**conf["frontend_conf"]), base=base.resolve())
+    weights, folder = read_base(parts.base), Path(parts.base).parent
+    nano = parts.nano = FunASRNano(model.SenseVoiceEncoder(**conf["audio_encoder_conf"]))
+    parts.frontend = NanoFrontend(**conf["frontend_conf"])
     if with_llm:
-        folder = base.parent / conf["llm_conf"]["init_param_path"]
-        nano.llm, parts.tokenizer = load_qwen(folder, llm_dtype)
+        path = folder / conf["llm_conf"]["init_param_path"]
+        if not (path / "config.json").is_file():
+            raise model.UserError(f"{path}: no config.json of the LLM (llm_conf.init_param_path)")
+        parts.tokenizer, config = (k.from_pretrained(path) for k in (AutoTokenizer, AutoConfig))
+        nano.llm = AutoModelForCausalLM.from_config(config, dtype=llm_dtype)
         nano.audio_adaptor = FunASRTransformer(**conf["audio_adaptor_conf"])
-        nano.low_frame_rate = conf["audio_adaptor_conf"]["use_low_frame_rate"]
-    if has_ctc or new_ctc:
-        settings = conf["dataset_conf"].get("ctc_tokenizer_conf", {})
-        vocabulary = settings.get("vocab_path") or base.parent / "multilingual.tiktoken"
-        parts.ctc_tokenizer, parts.random_ctc = SenseVoiceTokenizer(vocabulary), not has_ctc
-        nano.ctc_decoder = FunASRTransformer(**conf["ctc_decoder_conf"])
-        size, dropout = parts.ctc_tokenizer.classes + 1, conf["ctc_conf"]["dropout_rate"]
-        nano.ctc = CTCOutput(nano.ctc_decoder.width, size, dropout)
-    load_tensors(nano, weights, base, () if has_ctc else CTC_PREFIXES)
+        nano.low_rate = conf["audio_adaptor_conf"]["use_low_frame_rate"]
+    has_ctc = "ctc.ctc_lo.weight" in weights
+    if has_ctc or with_ctc:
+        vocabulary = conf.get("dataset_conf", {}).get("ctc_tokenizer_conf", {}).get("vocab_path")
+        coder = SenseVoiceTokenizer(vocabulary or folder / "multilingual.tiktoken")
+        nano.ctc_decoder, parts.ctc_tokenizer = FunASRTransformer(**conf["ctc_decoder_conf"]), coder
+        nano.ctc = CTCOutput(nano.ctc_decoder.width, coder.classes, **conf["ctc_conf"])
+    parts.random_ctc = with_ctc and not has_ctc
+    random = {k: v for k, v in nano.state_dict().items() if parts.random_ctc and k.startswith(CTC)}
+    load_tensors(nano, weights | random, parts.base)
     parts.base_hash = model.hash_tensors(weights)
-    return parts
 
 
-def load_whisper(conf, name, symbols, texts):
+def load_whisper(parts, conf, texts, symbols):
     """A Whisper's encoder with a CTC head over `symbols`, or over those of the texts."""
-    encoder, kind = model.load_encoder(name), conf["dataset_conf"]["ctc_tokenizer"]
-    if not isinstance(encoder, model.WhisperEncoder) or kind == "SenseVoiceTokenizer":
-        need = "dataset_conf.ctc_tokenizer is char or word"
-        raise model.UserError(f"audio_encoder={name}: {SANM}, or a Whisper, whose {need}")
-    if conf["frontend_conf"]["fs"] != 16000:
-        raise model.UserError("frontend_conf.fs: a Whisper takes 16000")
-    tokenizer = SymbolTokenizer(kind, symbols) if symbols else SymbolTokenizer.of_texts(kind, texts)
-    head = CTCOutput(encoder.width, tokenizer.classes + 1, conf["ctc_conf"]["dropout_rate"])
-    parts = Parts(FunASRNano(encoder, ctc=head), encoder, ctc_tokenizer=tokenizer)
-    parts.base_hash, parts.random_ctc = encoder.identity["weights"], not symbols
-    return parts
+    encoder, kind = model.load_encoder(parts.base), conf["dataset_conf"]["ctc_tokenizer"]
+    if not isinstance(encoder, model.WhisperEncoder):
+        raise model.UserError(f"audio_encoder={parts.base}: expected {SANM} or a Whisper")
+    parts.ctc_tokenizer = SymbolTokenizer(kind, texts, symbols)
+    ctc = CTCOutput(encoder.width, parts.ctc_tokenizer.classes, **conf["ctc_conf"])
+    parts.nano, parts.frontend, parts.random_ctc = FunASRNano(encoder, ctc=ctc), encoder, True
+    parts.base_hash = encoder.identity["weights"]
 
 
-def load_parts(conf, start, llm_dtype=torch.float32, with_llm=True, new_ctc=False, texts=(),
-               moved=""):  # fmt: skip
+def load_parts(conf, start, llm_dtype, with_llm, with_ctc=False, texts=(), moved=""):
     """Load a model, and what a run has changed in it.
 
     Input   conf: FunASR's sections, of config.yaml, of a run's config.json or of ours; start:
-            model.pt or a run folder (None: a Whisper as it is), whose base now lies at `moved`.
-    Output  Parts, fp32 on the CPU, nothing frozen but an LLM beside LoRA.
+            model.pt, a Whisper's name, or a run folder, whose base now lies at `moved`; llm_dtype:
+            of the LLM, all else is fp32; texts: whose symbols are Whisper's CTC classes.
+    Output  namespace: nano, frontend, tokenizer (of the LLM, or None), ctc_tokenizer (or None),
+            random_ctc, base, base_hash, first (tensors of the run that it goes on from).
     """
     run = read_run(start)
+    first = model.read_weights(Path(start) / "trained.pt") if run else {}
+    base = str(moved or run.get("base") or start)
+    base = str(Path(base).resolve()) if Path(base).exists() else base
+    parts = SimpleNamespace(base=base, tokenizer=None, ctc_tokenizer=None, first=first)
     if conf["audio_encoder"] == SANM:
-        base = Path(moved or run["base"]) if run else Path(start)
-        base = base / "model.pt" if base.is_dir() else base
-        if not base.is_file():
-            moved = (
-                f"; {start} was trained on it: if it was moved, give encoder.name" if run else ""
-            )
-            raise model.UserError(f"{base}: no such file{moved}")
-        new_ctc = new_ctc or run.get("ctc", False)
-        parts = load_nano(conf, base, llm_dtype, with_llm, new_ctc)
+        load_nano(parts, conf, llm_dtype, with_llm, with_ctc or "ctc.ctc_lo.weight" in first)
     else:
-        name = moved or run.get("encoder") or conf["audio_encoder"]
-        parts = load_whisper(conf, name, run.get("ctc_symbols"), texts)
+        load_whisper(parts, conf, texts, run.get("ctc_symbols"))
     if run and run["base_hash"] != parts.base_hash:
-        found = f"its hash is {parts.base_hash}, in training it was {run['base_hash']}"
-        raise model.UserError(f"{parts.base or name}: not what {start} was trained on; {found}")
-    if parts.nano.llm is not None and conf["llm_conf"].get("use_lora"):
+        said = f"its hash is {parts.base_hash}, in training it was {run['base_hash']}"
+        raise model.UserError(f"{base}: is not what {start} was trained on, {said}")
+    if parts.tokenizer and conf["llm_conf"].get("use_lora"):
         import peft
 
-        lora, llm = conf["llm_conf"]["lora_conf"], model.freeze(parts.nano.llm)
-        settings = {key: lora[key] for key in ("r", "lora_alpha", "lora_dropout", "target_modules")}
-        peft.get_peft_model(llm, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+        lora = conf["llm_conf"]["lora_conf"]
+        lora = {key: lora[key] for key in ("r", "lora_alpha", "lora_dropout", "target_modules")}
+        lora = peft.LoraConfig(task_type="CAUSAL_LM", **lora)
+        peft.get_peft_model(model.freeze(parts.nano.llm), lora)
     if run:
-        parts.first = model.read_weights(Path(start) / "trained.pt")
-        load_tensors(parts.nano, parts.first, f"{start}/trained.pt", ("",))
+        load_tensors(parts.nano, parts.nano.state_dict() | first, f"{start}/trained.pt")
         parts.random_ctc = False
     return parts
 
 
-def find_start(cfg):
-    """What init_param or model says: model.pt or a run folder; None: a Whisper as it is."""
-    if cfg.init_param:
-        path = Path(cfg.init_param)
-        path = path / "model.pt" if path.is_dir() and not read_run(path) else path
-        if not path.exists():
-            raise model.UserError(f"init_param={cfg.init_param}: no such file")
-        return path
-    if cfg.audio_encoder != SANM:
-        return None
-    if cfg.model == "FunASRNano":
-        where = "model.pt or its folder, or give model its hub name (configs/*_from_hub.yaml)"
-        raise model.UserError(f"init_param: say where the weights are, {where}")
-    return model.find_model(cfg.model) / "model.pt"
-
-
 def load_for_training(cfg, device):
-    """Parts as the configuration asks for them, frozen where it says so."""
-    specs = [*cfg.train_data_set_list, *cfg.telephone_conf.data_set_list, *cfg.clean_data_set_list]
-    texts = []
-    if cfg.audio_encoder != SANM:
-        rows = [model.read_manifest(spec, manifests(cfg)) for spec in list_files(specs)]
-        texts = {ctc_text(text or "", cfg) for part in rows for text in part["target"]}
+    """Parts as the configuration asks for them, frozen for good where it says so."""
+    lists = [*cfg.train_data_set_list, *cfg.telephone_conf.data_set_list, *cfg.clean_data_set_list]
+    texts = (ctc_text(row["target"], cfg) for _, _, row in list_rows(lists, cfg))
     half = device.type == "cuda" and cfg.llm_conf.freeze and cfg.llm_conf.llm_dtype == "bf16"
     if half and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise model.UserError("this GPU has no bf16: set llm_conf.llm_dtype=fp32")
-    parts = load_parts(
-        OmegaConf.to_container(cfg), find_start(cfg), torch.bfloat16 if half else torch.float32,
-        cfg.llm != "none", cfg.ctc_weight > 0, texts,
-    )  # fmt: skip
+    start = cfg.init_param or (cfg.audio_encoder != SANM and cfg.audio_encoder)
+    start = Path(start or model.find_model(cfg.model))
+    start = start / "model.pt" if (start / "model.pt").is_file() else start
+    llm = torch.bfloat16 if half else torch.float32, cfg.llm != "none"
+    parts = load_parts(OmegaConf.to_container(cfg), start, *llm, cfg.ctc_weight > 0, texts)
     if parts.random_ctc and cfg.ctc_decoder_conf.freeze:
-        raise model.UserError(
-            "the checkpoint has no CTC branch (ModelScope's has), and a frozen random one would "
-            "teach noise: set ctc_decoder_conf.freeze=false, or ctc_weight=0 to leave it out"
-        )
-    freeze_parts(parts.nano, cfg)
-    return parts
-
-
-def freeze_parts(nano, cfg):
-    """Switch off what the configuration freezes, for good."""
-    settings = {name: cfg[f"{name}_conf"] for name in ("audio_encoder", "audio_adaptor", "llm")}
-    settings |= {"ctc_decoder": cfg.ctc_decoder_conf, "ctc": cfg.ctc_decoder_conf}
-    for name, part in nano.named_children():
-        if settings[name].freeze and not (name == "llm" and cfg.llm_conf.use_lora):
-            model.freeze(part)
-    blocks, lowest = nano.blocks(), cfg.audio_encoder_conf.freeze_layer_num
+        said = "and a frozen random one is noise: set ctc_decoder_conf.freeze=false"
+        raise model.UserError(f"{parts.base}: has no CTC branch (ModelScope's has), {said}")
+    frozen = {name: cfg[f"{name}_conf"].freeze for name in ("audio_encoder", "audio_adaptor")}
+    frozen |= {name: cfg.ctc_decoder_conf.freeze for name in CTC}
+    frozen["llm"] = cfg.llm_conf.freeze and not cfg.llm_conf.use_lora  # LoRA has done it
+    out = [part for name, part in parts.nano.named_children() if frozen[name]]
+    blocks, lowest = parts.nano.blocks(), max(0, cfg.audio_encoder_conf.freeze_layer_num)
     if lowest >= len(blocks):
-        key = f"audio_encoder_conf.freeze_layer_num={lowest}"
-        raise model.UserError(f"{key}: the encoder has {len(blocks)} blocks")
-    below = blocks[: max(0, lowest)]
-    if below and isinstance(nano.audio_encoder, model.WhisperEncoder):
-        below += [nano.audio_encoder.net.conv1, nano.audio_encoder.net.conv2]
-    for part in below:
+        said = f"the encoder has {len(blocks)} blocks"
+        raise model.UserError(f"audio_encoder_conf.freeze_layer_num={lowest}: {said}")
+    if lowest and isinstance(parts.frontend, model.WhisperEncoder):
+        out += [parts.frontend.net.conv1, parts.frontend.net.conv2]
+    for part in out + blocks[:lowest]:
         model.freeze(part)
-    for block in blocks if cfg.audio_encoder_conf.activation_checkpoint else ():
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    return parts
 
 
 # ---- data -------------------------------------------------------------------
 
 
-def manifests(cfg):
-    return Path(cfg.output_dir).parent / "manifests"
+@dataclass
+class Clip:
+    key: str
+    source: object  # path; or (Dataset, row number) where a table holds the audio itself
+    target: str
+    kind: str  # of SETS
+    hotwords: str
+    seconds: float = 0.0  # 0 where it cannot be read
+    frames: int = 0  # of 10 ms
+    ids: list = ()  # labels of the LLM, its end of turn included
+    classes: list = ()  # labels of CTC
+    length: float = 0.0  # in the unit of dataset_conf.batch_size
+    reason: str = ""  # why it is left out
 
 
-def list_files(specs):
-    """Manifests, with FunASR's lists of .jsonl files written out."""
+def list_rows(specs, cfg):
+    """(rows, number, row) of manifests, or of FunASR's .list of manifests."""
     for spec in model.as_list(specs):
-        if Path(spec).suffix in (".list", ".txt") and Path(spec).is_file():
-            yield from (line for _, line in model.read_lines(spec))
-        else:
-            yield spec
+        listed = Path(spec).suffix in (".list", ".txt") and Path(spec).is_file()
+        for name in [line for _, line in model.read_lines(spec)] if listed else [spec]:
+            rows = model.read_manifest(name, Path(cfg.output_dir).parent / "manifests")
+            yield from ((rows, number, row) for number, row in enumerate(rows))
 
 
 def ctc_text(text, cfg):
-    return model.normalize_text(text) if cfg.dataset_conf.ctc_target_normalize else text.strip()
+    normalize = cfg.dataset_conf.ctc_target_normalize
+    return model.normalize_text(text or "") if normalize else (text or "").strip()
 
 
-def read_clips(spec, kind, cfg, parts):
-    """A manifest -> Dataset of its clips with lengths and labels; `reason`: why it is unreadable.
-
-    Lengths come from the files' headers, once: the result is kept until a file changes.
-    """
-    import datasets
-
-    rows, kinds = (
-        model.read_manifest(spec, manifests(cfg)),
-        ("string", "string", "float64", "int64"),
-    )
-    kinds = dict(
-        zip(("kind", "reason", "seconds", "frames"), map(datasets.Value, kinds), strict=True)
-    )
-    kinds |= {name: datasets.List(datasets.Value("int32")) for name in ("ids", "classes")}
-    kept = [c for c in ("key", "source", "audio", "target", "hotwords") if c in rows.column_names]
-    llm, ctc = parts.tokenizer, parts.ctc_tokenizer
-
-    def measure(row):
-        text, reason, seconds = (row["target"] or "").strip(), "", 0.0
+def read_clips(specs, kind, cfg, parts, training):
+    """Clips with labels, lengths by the files' headers, and the reason why one is left out."""
+    conf, tokenizer, clips = cfg.dataset_conf, parts.tokenizer, []
+    for rows, number, row in list_rows(specs, cfg):
+        source, target = row.get("source") or (rows, number), (row["target"] or "").strip()
+        words = conf.prompt_conf.use_hotwords and row.get("hotwords") or ""
+        clip = Clip(row["key"], source, target, kind, words)
+        clips.append(clip)
         try:
-            seconds = model.audio_seconds(row.get("audio") or row["source"])
+            clip.seconds = model.audio_seconds(row.get("audio") or source)
         except model.AudioError as error:
-            reason = str(error)
-        ids = (
-            llm(f"{text}<|im_end|>", add_special_tokens=False)["input_ids"] if llm and text else []
-        )
-        found = {"kind": kind, "reason": reason, "seconds": seconds, "ids": ids}
-        found["frames"] = model.fbank_frames(round(seconds * 16000))  # of 10 ms
-        return found | {"classes": ctc.encode(ctc_text(text, cfg)) if ctc else []}
-
-    files = [Path(path) for path in rows["source"]] if "source" in kept else []
-    stats = [path.stat() for path in files if path.is_file()]
-    made_of = [[stat.st_size, stat.st_mtime_ns] for stat in stats] + [kind, parts.base_hash]
-    made_of += [cfg.dataset_conf.ctc_target_normalize, ctc and ctc.symbols, llm is None]
-    return rows.map(
-        measure, features=datasets.Features({name: rows.features[name] for name in kept} | kinds),
-        remove_columns=[name for name in rows.column_names if name not in kept],
-        new_fingerprint=model.hash_text([rows._fingerprint, made_of]),
-    )  # fmt: skip
-
-
-@dataclass
-class Data:
-    train: object  # Dataset; the last n_clean rows are the rehearsal
-    lengths: np.ndarray  # of train, in the unit of dataset_conf.batch_size
-    n_clean: int
-    valid: object
-    limited: list  # clips that a limit leaves out
-    unreadable: dict  # {key: clip that cannot be read}
-
-
-def read_set(specs, kind, cfg, parts, data, training, say):
-    """Lists of one kind -> usable clips (or None) and their lengths; counts and names the others."""
-    import datasets
-
-    found = [read_clips(spec, kind, cfg, parts) for spec in list_files(specs)]
-    if not found:
-        return None, np.zeros(0)
-    clips, conf = datasets.concatenate_datasets(found), cfg.dataset_conf
-    frames, seconds = np.asarray(clips["frames"]), np.asarray(clips["seconds"])
-    labels = np.array(
-        [len(a) or len(b) for a, b in zip(clips["ids"], clips["classes"], strict=True)]
-    )
-    lengths = batch_lengths(clips, frames, labels, cfg, parts)
-    limits = {"shorter than 25 ms": frames < 1}
-    if training:
-        limits |= {
-            f"longer than max_token_length={conf.max_token_length}":
-                frames + labels > conf.max_token_length,
-            f"longer than max_source_length={conf.max_source_length}":
-                frames > conf.max_source_length,
-            f"shorter than min_source_length={conf.min_source_length}":
-                frames < conf.min_source_length,
-            f"text longer than max_target_length={conf.max_target_length}":
-                labels > conf.max_target_length,
-            f"larger than batch_size={conf.batch_size}": lengths > batch_limits(cfg)[0],
-            "no transcript": (labels == 0) & (kind != "simulated" or not cfg.distill_weight),
-        }  # fmt: skip
-    reasons = np.array(clips["reason"], dtype=object)
-    unreadable = reasons != ""
-    for reason, holds in limits.items():
-        reasons[holds & (reasons == "")] = reason
-    say(f"{kind} {'training' if training else 'validation'}: {sum(reasons == '')} clips, "
-        f"{seconds[reasons == ''].sum() / 3600:.3f} h")  # fmt: skip
-    for reason in dict.fromkeys(reasons[reasons != ""]):
-        out = np.flatnonzero(reasons == reason)
-        longest = int(out[seconds[out].argmax()])
-        say(f"  left out, {reason}: {len(out)} clips, {seconds[out].sum() / 3600:.3f} h; the longest "
-            f"is {clips[longest]['key']} ({seconds[longest]:.1f} s)")  # fmt: skip
-    for n in np.flatnonzero(reasons != "").tolist():
-        row = clips[n]
-        row = {"key": row["key"], "source": row.get("source"), "reason": reasons[n]}
-        if unreadable[n]:
-            data.unreadable[row["key"]] = row
-        else:
-            data.limited.append(row)
-    usable = np.flatnonzero(reasons == "")
-    return clips.select(usable), lengths[usable]
-
-
-def batch_lengths(clips, frames, labels, cfg, parts):
-    """Lengths of clips in the unit of batch_type, LLM positions brought to the same measure."""
-    conf = cfg.dataset_conf
-    slowest = frames / min(conf.speed_perturb)
-    lengths = slowest + labels if conf.batch_type == "token" else slowest
-    if parts.tokenizer is None or conf.batch_type == "example":
-        return lengths
-    hotwords = clips["hotwords"] if "hotwords" in clips.column_names else [None] * len(clips)
-    around = [sum(map(len, nano_prompt(parts.tokenizer, "", words or ""))) for words in hotwords]
-    positions = llm_positions(-(-slowest // model.LFR_N)) + np.array(around) + labels
-    return np.maximum(lengths, positions * conf.batch_size / conf.batch_size_token_max)
-
-
-def batch_limits(cfg):
-    """Most length and most clips of a batch."""
-    conf = cfg.dataset_conf
-    if conf.batch_type == "example":
-        return math.inf, conf.batch_size
-    return conf.batch_size, conf.batch_size_sample_max
+            clip.reason = str(error)
+        if tokenizer and target:
+            clip.ids = tokenizer(f"{target}<|im_end|>", add_special_tokens=False)["input_ids"]
+        if parts.ctc_tokenizer:
+            clip.classes = parts.ctc_tokenizer.encode(ctc_text(target, cfg))
+        labels = len(clip.ids) or len(clip.classes)
+        clip.frames = model.fbank_frames(round(clip.seconds * 16000))
+        slowest = clip.frames / min(conf.speed_perturb)
+        clip.length = slowest + labels * (conf.batch_type == "token")
+        if tokenizer and conf.batch_type != "example":  # LLM positions, in the same currency
+            prompt = sum(map(len, nano_prompt(tokenizer, clip.hotwords)))
+            positions = llm_positions(-(-slowest // model.LFR_N)) + prompt + labels
+            clip.length = max(clip.length, positions * conf.batch_size / conf.batch_size_token_max)
+        limits = {
+            "shorter than 25 ms": clip.frames < 1,
+            "longer than max_token_length": clip.frames + labels > conf.max_token_length,
+            "longer than max_source_length": clip.frames > conf.max_source_length,
+            "shorter than min_source_length": clip.frames < conf.min_source_length,
+            "text longer than max_target_length": labels > conf.max_target_length,
+            "larger than batch_size": clip.length > batch_limits(cfg)[0],
+            "no transcript": not labels and not (cfg.distill_weight and kind == "simulated"),
+        }
+        for reason, holds in limits.items() if training else [*limits.items()][:1]:
+            clip.reason = clip.reason or holds * reason
+    return clips
 
 
 def read_data(cfg, parts, say):
-    """Training and validation clips; UserError where there is nothing to train on or to score."""
-    import datasets
-
-    data = Data(None, np.zeros(0), 0, None, [], {})
-    rest = cfg, parts, data
-    rehearsal = cfg.clean_data_set_list if cfg.data_mix else []
-    lists = cfg.train_data_set_list, cfg.telephone_conf.data_set_list, rehearsal
-    train = [
-        read_set(specs, kind, *rest, True, say) for specs, kind in zip(lists, SETS, strict=True)
-    ]
-    clean = cfg.clean_valid_data_set_list
-    lists = cfg.valid_data_set_list, clean, clean
-    valid = [
-        read_set(specs, kind, *rest, False, say) for specs, kind in zip(lists, SETS, strict=True)
-    ]
-    check_readable(data, cfg)
-    counts = [len(lengths) for _, lengths in train]
-    if not sum(counts[:2]):
-        out = "; ".join(f"{n} {reason}" for reason, n in Counter(
-            row["reason"] for row in [*data.limited, *data.unreadable.values()]).items())  # fmt: skip
-        key = "train_data_set_list or telephone_conf.data_set_list"
-        raise model.UserError(
-            f"nothing to train on: give {key}" + (f" (left out: {out})" * bool(out))
-        )
-    if cfg.data_mix and not counts[2]:
+    """Usable clips: train (the rehearsal last), n_clean, valid; {key: clip} of those left out."""
+    data, valid = SimpleNamespace(dropped={}), cfg.clean_valid_data_set_list
+    clean = cfg.clean_data_set_list if cfg.data_mix else []
+    train = cfg.train_data_set_list, cfg.telephone_conf.data_set_list, clean
+    for name, lists in (("train", train), ("valid", (cfg.valid_data_set_list, valid, valid))):
+        pairs = zip(lists, SETS, strict=True)
+        clips = [c for pair in pairs for c in read_clips(*pair, cfg, parts, name == "train")]
+        for reason in sorted({clip.reason for clip in clips}):
+            group = [clip for clip in clips if clip.reason == reason]
+            longest = max(group, key=lambda clip: clip.seconds)
+            hours = sum(clip.seconds for clip in group) / 3600
+            said = f"{len(group)} clips{', left out, ' * bool(reason)}{reason}, {hours:.3f} h"
+            say(f"{name}: {said}, the longest is {longest.key} ({longest.seconds:.1f} s)")
+        data.dropped |= {(clip.kind, clip.key): clip for clip in clips if clip.reason}
+        setattr(data, name, [clip for clip in clips if not clip.reason])
+    check_readable(data.dropped, cfg)
+    kinds = Counter(clip.kind for clip in data.train)
+    data.n_clean = kinds["clean"]
+    if len(data.train) == data.n_clean or not data.valid:
+        raise model.UserError("no clips: give train_data_set_list and valid_data_set_list")
+    if cfg.data_mix and not data.n_clean:
         raise model.UserError("data_mix: needs clips in clean_data_set_list")
-    if cfg.distill_weight and not sum(counts[1:]):
+    if cfg.distill_weight and not kinds["simulated"] + kinds["clean"]:
         raise model.UserError("distill_weight: needs clean speech in telephone_conf.data_set_list")
-    if not sum(len(lengths) for _, lengths in valid):
-        key = "valid_data_set_list or clean_valid_data_set_list"
-        raise model.UserError(f"nothing to score on: give {key}")
-    data.train = datasets.concatenate_datasets([clips for clips, _ in train if clips])
-    data.valid = datasets.concatenate_datasets([clips for clips, _ in valid if clips])
-    data.lengths, data.n_clean = np.concatenate([lengths for _, lengths in train]), counts[2]
     return data
 
 
-def check_readable(data, cfg):
+def check_readable(dropped, cfg):
     """UserError if more clips than dataset_conf.retry could not be read."""
-    count = len(data.unreadable)
-    if count > cfg.dataset_conf.retry:
-        last = list(data.unreadable.values())[-1]
-        limit = f"more than dataset_conf.retry={cfg.dataset_conf.retry}"
-        last = f"the last is {last['key']}: {last['source']} {last['reason']}"
-        raise model.UserError(f"{count} clips cannot be read, {limit}; {last}")
+    broken, limit = [clip for clip in dropped.values() if not clip.seconds], cfg.dataset_conf.retry
+    if len(broken) > limit:
+        many = f"{len(broken)} clips cannot be read, more than dataset_conf.retry={limit}"
+        last = f"the last is {broken[-1].key}: {broken[-1].source} {broken[-1].reason}"
+        raise model.UserError(f"{many}; {last}")
+
+
+def batch_limits(cfg):
+    """Most length, and most clips of a batch."""
+    conf = cfg.dataset_conf
+    by_length = conf.batch_size, conf.batch_size_sample_max
+    return (math.inf, conf.batch_size) if conf.batch_type == "example" else by_length
 
 
 def epoch_groups(data, cfg, world, epoch):
-    """Groups of batches of one epoch, a function of seed and epoch: model.length_batches over all
-    telephone clips, and over as many of the clean ones as make data_mix of the whole."""
-    count = len(data.lengths) - data.n_clean
-    wanted = round(cfg.data_mix / (1 - cfg.data_mix) * count)
-    rng, chosen = np.random.default_rng([cfg.seed, epoch, 1]), [np.arange(count)]
-    for _ in range(-(-wanted // data.n_clean) if data.n_clean else 0):  # too few: some come again
-        chosen.append(count + rng.permutation(data.n_clean))
-    chosen = np.concatenate(chosen)[: count + wanted]
+    """Groups of batches of an epoch, a function of seed and epoch: model.length_batches over all
+    telephone clips and as many of the clean ones as make data_mix of the whole."""
+    count = len(data.train) - data.n_clean
+    wanted = count + round(cfg.data_mix / (1 - cfg.data_mix) * count)
+    rng, chosen = np.random.default_rng([cfg.seed, epoch, 1]), [*range(count)]
+    while len(chosen) < wanted:  # too few: some come again
+        chosen += (count + rng.permutation(data.n_clean)).tolist()
+    lengths = [data.train[n].length for n in chosen[:wanted]]
     budget, most = batch_limits(cfg)
-    lengths = data.lengths[chosen]
     groups = model.length_batches(lengths, budget, world, cfg.seed, epoch, most)
-    return [[chosen[batch].tolist() for batch in group] for group in groups]
+    return [[[chosen[n] for n in batch] for batch in group] for group in groups]
 
 
 @dataclass
 class Batch:
-    feats: torch.Tensor  # (B, T, F) features, zeros where padded
-    lens: torch.Tensor  # (B,) on the CPU
-    twin: torch.Tensor | None  # (B, T, F) of the same speech, clean
-    has_twin: torch.Tensor  # (B,) on the CPU
-    twin_frames: int  # of the encoder's output, in rows that have a twin
-    rows: dict  # lists of B: key, source, target, hotwords, kind, seconds, ids, classes, reason
+    feats: torch.Tensor  # (B + K, T, F) features, zeros where padded, K clean twins behind
+    lens: torch.Tensor  # (B + K,) on the CPU
+    clips: list  # B of Clip; those that could not be read have a reason, and no labels
+    twin_of: list  # K places of the clips that the twins belong to
+    twin_frames: int  # of the encoder's output for the twins
     epoch: int
     used: int  # groups of the epoch that are then behind us
 
     def pin_memory(self):
         self.feats = self.feats.pin_memory()
-        self.twin = self.twin if self.twin is None else self.twin.pin_memory()
-        return self
-
-    def to(self, device):
-        self.feats = self.feats.to(device, non_blocking=True)
-        self.twin = self.twin if self.twin is None else self.twin.to(device, non_blocking=True)
         return self
 
     def labels(self, cfg):
         """What the losses of this batch are divided by."""
-        if cfg.model_conf.length_normalized_loss:
-            ce, ctc = (sum(map(len, self.rows[name])) for name in ("ids", "classes"))
-        else:
-            ce, ctc = (sum(map(bool, self.rows[name])) for name in ("ids", "classes"))
+        count = len if cfg.model_conf.length_normalized_loss else bool
+        ce = sum(count(clip.ids) for clip in self.clips)
+        ctc = sum(count(clip.classes) for clip in self.clips)
         return {"ce": ce, "ctc": ctc, "distill": self.twin_frames}
 
 
@@ -1114,83 +815,62 @@ class Clips(torch.utils.data.Dataset):
     nothing is random but the simulated line, which is the same every time.
     """
 
-    def __init__(self, rows, frontend, cfg, rank=0):
-        self.rows, self.frontend, self.cfg, self.rank = rows, frontend, cfg, rank
+    def __init__(self, clips, frontend, cfg, rank):
+        self.clips, self.frontend, self.cfg, self.rank = clips, frontend, cfg, rank
         self.wide, stacked = frontend, isinstance(frontend, NanoFrontend)
         if stacked:
-            self.wide = NanoFrontend(**OmegaConf.to_container(cfg.frontend_conf) | {"fs": 16000})
-        self.masking = make_masking(cfg, stacked)
+            self.wide = NanoFrontend(**{**cfg.frontend_conf, "fs": 16000})
+        masks = {k: v for k, v in cfg.specaug_conf.items() if "time_warp" not in k}
+        masks["lfr_rate"] *= stacked  # Whisper's frames are not stacked
+        self.masking = model.SpecAugLFR(**masks) if cfg.specaug else None
 
     def __getitem__(self, place):
         epoch, number, group = place
-        rows = self.rows[group[self.rank]]
-        feats, twins, reasons = [], [], []
-        for values in zip(*rows.values(), strict=True):
-            clip, reason = dict(zip(rows, values, strict=True)), ""
-            name = f"{self.cfg.seed}-{epoch}-{clip['key']}"
-            try:
-                heard, twin = self.load(clip, epoch, name)
-            except model.AudioError as error:  # a second of silence without labels in its place
-                heard, twin, reason = self.wide.features(torch.zeros(16000)), None, str(error)
-            if self.masking is not None and epoch >= 0:
-                seed = int(model.hash_text(f"{name} masks")[:15], 16)
-                heard = self.masking(heard, torch.Generator().manual_seed(seed))
-            feats.append(heard)
-            twins.append(twin)
-            reasons.append(reason)
-        for name in ("ids", "classes"):
-            kept = zip(rows[name], reasons, strict=True)
-            rows[name] = [[] if reason else labels for labels, reason in kept]
-        lens, has_twin = torch.tensor([len(x) for x in feats]), [x is not None for x in twins]
-        twin = None
-        if self.cfg.distill_weight and any(has_twin):
-            pairs = zip(feats, twins, strict=True)
-            twin = pad_sequence([x if y is None else y for x, y in pairs], batch_first=True)
-        has_twin = torch.tensor(has_twin)
-        return Batch(
-            pad_sequence(feats, batch_first=True), lens, twin, has_twin,
-            int((self.frontend.out_lens(lens) * has_twin).sum()), rows | {"reason": reasons},
-            epoch, number + 1,
-        )  # fmt: skip
+        items = [self.load(self.clips[n], epoch) for n in group[self.rank]]
+        clips, feats, twins = map(list, zip(*items, strict=True))
+        distill = bool(self.cfg.distill_weight)
+        twin_of = [n for n, twin in enumerate(twins) if distill and twin is not None]
+        feats += [twins[n] for n in twin_of]
+        lens = torch.tensor([len(x) for x in feats])
+        frames = int(self.frontend.out_lens(lens[len(clips) :]).sum())
+        feats = pad_sequence(feats, batch_first=True)
+        return Batch(feats, lens, clips, twin_of, frames, epoch, number + 1)
 
-    def load(self, clip, epoch, name):
-        """Features of a clip as it is heard, and of the same speech, clean, or None."""
+    def load(self, clip, epoch):
+        """Clip, its features, and those of the same speech, clean, or None."""
+        name = f"{self.cfg.seed}-{epoch}-{clip.key}"
+        try:
+            heard, twin = self.features(clip, epoch, name)
+        except model.AudioError as error:  # a second of silence takes its place
+            heard, twin = self.wide.features(torch.zeros(16000), name), None
+            clip = replace(clip, ids=(), classes=(), seconds=0.0, reason=str(error))
+        if self.masking is not None and epoch >= 0:
+            seed = int(model.hash_text(f"{name} masks")[:15], 16)
+            heard = self.masking(heard, torch.Generator().manual_seed(seed))
+        return clip, heard, twin
+
+    def features(self, clip, epoch, name):
         cfg, rng, rate = self.cfg, random.Random(name), self.frontend.sample_rate
-        on_phone, conf = clip["kind"] == "telephone", cfg.telephone_conf
-        own_rate = rate if on_phone else 16000
+        on_phone, own_rate = clip.kind == "telephone", rate if clip.kind == "telephone" else 16000
         speed = rng.choice(list(cfg.dataset_conf.speed_perturb)) if epoch >= 0 else 1.0
-        wave = model.load_audio(clip.get("audio") or clip["source"], own_rate)
-        wave = model.change_speed(wave, speed, own_rate)
-        if on_phone and (epoch < 0 or rng.random() >= conf.prob):
+        in_table = not isinstance(clip.source, str)
+        audio = clip.source[0][clip.source[1]]["audio"] if in_table else clip.source
+        wave = model.change_speed(model.load_audio(audio, own_rate), speed, own_rate)
+        if on_phone and (epoch < 0 or rng.random() >= cfg.telephone_conf.prob):
             return self.frontend.features(wave, name), None
         wave = wave[: len(wave) // 2 * 2]  # an even number: both rates then have the same frames
         clean = None if on_phone else self.wide.features(wave, name)
-        if clip["kind"] == "clean":
+        if clip.kind == "clean":
             return clean, clean
-        line = simulate_telephone(model.resample(wave, own_rate, 8000), conf, rng)
+        line = simulate_telephone(model.resample(wave, own_rate, 8000), cfg.telephone_conf, rng)
         line = model.resample(line, 8000, rate)[: len(wave) * rate // own_rate]
-        heard = self.frontend.features(line, name)
-        assert clean is None or len(heard) == len(clean), (
-            f"{name}: {len(heard)}, {len(clean)} frames"
-        )
-        return heard, clean
+        return self.frontend.features(line, name), clean
 
 
-def make_masking(cfg, stacked):
-    """SpecAugLFR by the configuration, or None. stacked: features are LFR, else one frame each."""
-    settings = OmegaConf.to_container(cfg.specaug_conf)
-    for name in ("apply_time_warp", "time_warp_window"):
-        settings.pop(name)
-    if not stacked:
-        settings["lfr_rate"] = 0
-    return model.SpecAugLFR(**settings) if cfg.specaug else None
-
-
-def load_batches(rows, places, parts, cfg, rank, device):
-    return torch.utils.data.DataLoader(
-        Clips(rows, parts.frontend, cfg, rank), batch_size=None, sampler=places,
-        num_workers=cfg.dataset_conf.num_workers, pin_memory=device.type == "cuda",
-    )  # fmt: skip
+def load_batches(clips, places, parts, cfg, rank, device):
+    dataset, gpu = Clips(clips, parts.frontend, cfg, rank), device.type == "cuda"
+    rest = {"num_workers": cfg.dataset_conf.num_workers, "pin_memory": gpu}
+    return torch.utils.data.DataLoader(dataset, batch_size=None, sampler=places, **rest)
 
 
 # ---- losses -----------------------------------------------------------------
@@ -1204,90 +884,71 @@ class Finetune(nn.Module):
         self.nano, self.tokenizer, self.cfg, self.original = parts.nano, parts.tokenizer, cfg, None
         if cfg.distill_weight:
             self.original = model.freeze(copy.deepcopy(parts.nano.audio_encoder))
-        weights = {"ce": cfg.llm_weight * (self.nano.llm is not None)}
-        weights |= {"ctc": cfg.ctc_weight * (self.nano.ctc is not None)}
-        weights |= {"distill": cfg.distill_weight}
+        ce, ctc = self.nano.llm is not None, self.nano.ctc is not None
+        weights = {"ce": cfg.llm_weight * ce, "ctc": cfg.ctc_weight * ctc}
+        weights["distill"] = cfg.distill_weight
         self.weights = {name: weight for name, weight in weights.items() if weight}
 
-    def prompts(self, rows):
-        words = [None] * len(rows["key"])
-        if self.cfg.dataset_conf.prompt_conf.use_hotwords:
-            words = rows.get("hotwords", words)
-        return [nano_prompt(self.tokenizer, "", names or "") for names in words]
+    def prompts(self, clips):
+        return [nano_prompt(self.tokenizer, clip.hotwords) for clip in clips]
 
-    def forward(self, batch):
-        return self.losses(*self.nano.encode(batch.feats, batch.lens), batch)
-
-    def losses(self, enc, lens, batch):
+    def forward(self, feats, batch):
         """Sums over the batch: CE (nats), right tokens, CTC (nats), clips that CTC leaves out,
-        squared distances (frames)."""
-        nano, zero = self.nano, enc.sum() * 0.0
+        squared distances (frames); in eval mode `heard` too, for the read-outs."""
+        nano, clips, count = self.nano, batch.clips, len(batch.clips)
+        enc, lens = nano.encode(feats[:count], batch.lens[:count])
+        zero = enc.sum() * 0.0
         sums = {"ce": zero, "right": 0, "ctc": zero, "impossible": 0, "distill": zero}
         if "ce" in self.weights:
-            embed, prompts = nano.llm.get_input_embeddings(), self.prompts(batch.rows)
-            spliced = model.splice(embed, prompts, *nano.listen(enc, lens), batch.rows["ids"])
+            embed, speech = nano.llm.get_input_embeddings(), nano.listen(enc, lens)
+            targets = [clip.ids for clip in clips]
+            spliced = model.splice(embed, self.prompts(clips), *speech, targets)
             smoothing = self.cfg.model_conf.lsm_weight if self.training else 0.0
             sums["ce"], _, sums["right"] = model.transcript_loss(nano.llm, spliced, smoothing)
         if "ctc" in self.weights:
-            heard = enc.detach() if self.cfg.detach_ctc_decoder else enc
-            scores = nano.ctc_log_probs(heard, lens)
-            classes = batch.rows["classes"]
-            sums["ctc"], sums["impossible"] = model.ctc_loss(*scores, classes, nano.ctc.blank)
-        if batch.twin is not None:
+            scores = nano.ctc_log_probs(enc.detach() if self.cfg.detach_ctc_decoder else enc, lens)
+            classes, blank = [clip.classes for clip in clips], nano.ctc.blank
+            sums["ctc"], sums["impossible"] = model.ctc_loss(*scores, classes, blank)
+        if batch.twin_of:
             with torch.no_grad():
-                wanted, _ = self.original(batch.twin, batch.lens)
-            keep = model.length_mask(lens * batch.has_twin, enc.shape[1], enc.device)
-            distance = (enc - wanted.float()).pow(2).mean(-1)  # (B, T)
+                wanted, twin_lens = self.original(feats[count:], batch.lens[count:])
+            keep = model.length_mask(twin_lens, enc.shape[1], enc.device)
+            distance = (enc[batch.twin_of] - wanted.float()).pow(2).mean(-1)  # (K, T)
             sums["distill"] = distance.masked_fill(~keep, 0.0).sum()
-        return sums
+        return sums if self.training else sums | {"heard": nano.hear(enc, lens)}
 
 
 def check_losses(tuner, say):
-    """UserError if a part trains that no loss reaches, or none does; else say what is reached."""
-    nano, cfg = tuner.nano, tuner.cfg
-    reach = {"ce": {"audio_encoder", "audio_adaptor", "llm"}, "distill": {"audio_encoder"}}
-    reach["ctc"] = {"ctc_decoder", "ctc"}
-    if not cfg.detach_ctc_decoder:
-        reach["ctc"].add("audio_encoder")
-    trains = set()
-    for name, part in nano.named_children():
+    """UserError if a part trains that no loss reaches; says what trains, and by which loss."""
+    trains, reached = set(), set()
+    for name, part in tuner.nano.named_children():
         count = sum(p.numel() for p in part.parameters() if p.requires_grad)
-        frozen = sum(p.numel() for p in part.parameters()) - count
-        say(f"{name}: {count:,} trainable, {frozen:,} frozen")
+        say(f"{name}: {count:,} of {sum(p.numel() for p in part.parameters()):,} weights train")
         trains |= {name} if count else set()
-    if not trains:
-        raise model.UserError("nothing trains: set audio_encoder_conf.freeze=false")
-    if not tuner.weights:
-        raise model.UserError("no loss is left: give llm_weight, ctc_weight or distill_weight")
+    reach = {"ce": {"audio_encoder", "audio_adaptor", "llm"}, "distill": {"audio_encoder"}}
+    reach["ctc"] = {*CTC} if tuner.cfg.detach_ctc_decoder else {*CTC, "audio_encoder"}
     for name, weight in tuner.weights.items():
-        say(
-            f"{name} (weight {weight:g}) reaches {', '.join(sorted(reach[name] & trains)) or 'nothing'}"
-        )
-    for part in sorted(trains - set().union(*(reach[name] for name in tuner.weights))):
-        why = "freeze it, or give its loss a weight"
-        if part == "audio_encoder":
-            why = "detach_ctc_decoder=true keeps CTC from it: set it to false, or llm_weight"
-        raise model.UserError(f"no loss reaches {part}, which is trainable; {why}")
+        reached |= reach[name] & trains
+        say(f"{name} (weight {weight:g}) trains {sorted(reach[name] & trains)}")
+    if not reached:
+        raise model.UserError("nothing trains: unfreeze a part, or give a loss that reaches it")
+    if rest := trains - reached:
+        said = "freeze it, give its loss a weight, or set detach_ctc_decoder=false"
+        raise model.UserError(f"no loss reaches {min(rest)}, which is trainable; {said}")
 
 
 def make_optimizer(nano, conf):
     """AdamW; `scale` of a group is its share of the rate: lower blocks and CTC have their own."""
-    blocks, groups = nano.blocks(), {}
-    depth = {
-        id(p): len(blocks) - 1 - n for n, block in enumerate(blocks) for p in block.parameters()
-    }
-    for name, parameter in nano.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        scale, decay = 1.0, conf.weight_decay if parameter.ndim > 1 else 0.0
-        if name.startswith(CTC_PREFIXES):
+    groups, blocks = {}, nano.blocks()
+    depth = {p: len(blocks) - 1 - n for n, block in enumerate(blocks) for p in block.parameters()}
+    for name, p in nano.named_parameters():
+        scale = 1.0
+        if name.startswith(CTC):
             scale = (conf.ctc_lr or conf.lr) / conf.lr
-        elif name.startswith(
-            "audio_encoder."
-        ):  # outside the blocks: norms above, convolutions below
-            outside = 0 if "norm" in name else len(blocks)
-            scale = conf.layer_decay ** depth.get(id(parameter), outside)
-        groups.setdefault((scale, decay), []).append(parameter)
+        elif name.startswith("audio_encoder."):  # outside the blocks: norms above, the rest below
+            scale = conf.layer_decay ** depth.get(p, 0 if "norm" in name else len(blocks))
+        if p.requires_grad:
+            groups.setdefault((scale, conf.weight_decay * (p.ndim > 1)), []).append(p)
     groups = [{"params": p, "scale": s, "weight_decay": d} for (s, d), p in groups.items()]
     return torch.optim.AdamW(groups, lr=conf.lr, betas=tuple(conf.betas), fused=True)
 
@@ -1298,11 +959,11 @@ def learning_rate(step, cfg):
     return cfg.optim_conf.lr * (min(n / warmup, math.sqrt(warmup / n)) if warmup else 1.0)
 
 
-def train_step(wrapped, tuner, optimizer, batches, window, run):
-    """One optimizer step; adds its sums to `window`. Output: the gradient's norm before clipping."""
+def train_step(wrapped, tuner, optimizer, batches, run, window):
+    """One optimizer step; adds to `window`. Output: the gradient's norm before clipping."""
     cfg = tuner.cfg
-    counts = torch.tensor([list(batch.labels(cfg).values()) for batch in batches]).sum(0)
-    counts = counts.float().to(run.device, non_blocking=True)
+    counts = torch.tensor([[*batch.labels(cfg).values()] for batch in batches]).sum(0).float()
+    counts = counts.to(run.device, non_blocking=True)
     if run.world > 1:
         dist.all_reduce(counts)  # labels of the step, of all processes
     totals = dict(zip(("ce", "ctc", "distill"), counts.clamp(min=1), strict=True))
@@ -1310,14 +971,13 @@ def train_step(wrapped, tuner, optimizer, batches, window, run):
         waits = run.world > 1 and batch is not batches[-1]  # gradients are summed in the last one
         with wrapped.no_sync() if waits else contextlib.nullcontext():
             with run.amp:
-                sums = wrapped(batch.to(run.device))
+                sums = wrapped(batch.feats.to(run.device, non_blocking=True), batch)
             loss = sum(weight * sums[n] / totals[n] for n, weight in tuner.weights.items())
             (loss * run.world).backward()  # DDP averages over processes; we want the sum
-        window.update(
-            {n: s.detach() if isinstance(s, torch.Tensor) else s for n, s in sums.items()}
-        )
+        window.update({n: torch.as_tensor(value).detach() for n, value in sums.items()})
         window.update({f"n_{name}": count for name, count in batch.labels(cfg).items()})
-        window.update(tokens=sum(map(len, batch.rows["ids"])), audio_s=sum(batch.rows["seconds"]))
+        window.update(tokens=sum(len(clip.ids) for clip in batch.clips))
+        window.update(audio_s=sum(clip.seconds for clip in batch.clips))
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(trained, cfg.train_conf.grad_clip or math.inf)
     optimizer.step()
@@ -1326,123 +986,73 @@ def train_step(wrapped, tuner, optimizer, batches, window, run):
     return norm
 
 
-def window_row(window, tuner, lr, seconds, n_dropped, device):
-    """Averages since the last log, of process 0."""
-    row = {n: float(window[n]) / window[f"n_{n}"] for n in tuner.weights if window[f"n_{n}"]}
-    if "ce" in row:
-        row["acc"] = float(window["right"]) / max(1, window["tokens"])
-    row |= {"impossible": window["impossible"], "dropped": n_dropped, "lr": lr}
-    row |= {"grad_norm": float(window["grad_norm"]) / window["steps"]}
-    row |= {"audio_s_per_s": window["audio_s"] / seconds}
-    if device.type == "cuda":
-        row["memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-    return row
-
-
 # ---- validation -------------------------------------------------------------
 
 
-def cut_batches(order, frames, cfg):
-    """Clips in the order of their lengths -> batches of at most 16 clips and batch_size frames."""
-    budget, batches = batch_limits(cfg)[0], []
-    for n in order[::-1].tolist():
-        first = batches[-1] if batches else None
-        if first and len(first) < 16 and (len(first) + 1) * frames[first[0]] <= budget:
-            first.append(n)
-        else:
-            batches.append([n])
-    return batches
-
-
 @torch.no_grad()
-def evaluate(tuner, data, parts, run, decode=sys.maxsize):
-    """Error rates and losses of each validation set; the processes share its clips.
+def evaluate(tuner, data, parts, run, most=sys.maxsize):
+    """Error rates and losses over `most` clips of each validation set; the processes share them.
 
-    decode  so many clips of each set, of every length, are transcribed by the LLM too.
-    Output  scores {telephone_llm_er: ...}, and {set: [(key, target, LLM's text, CTC's text)]}
+    Output  scores {telephone_llm_er: ...}, and {set: [(clip, LLM's text, CTC's text)]}
     """
     tuner.eval()
-    cfg, nano, rows = tuner.cfg, tuner.nano, data.valid
-    kinds, frames, batches, chosen = np.asarray(rows["kind"]), np.asarray(rows["frames"]), [], set()
+    cfg, scores, texts = tuner.cfg, {}, {}
     for kind in SETS:
-        order = np.flatnonzero(kinds == kind)
-        order = order[np.argsort(frames[order], kind="stable")]
-        spread = np.linspace(0, len(order) - 1, min(decode, len(order))).astype(int)
-        chosen |= set(order[spread].tolist())
-        batches += cut_batches(order, frames, cfg)
-    mine = batches[run.rank :: run.world]
-    loader = load_batches(rows, [(-1, 0, [batch]) for batch in mine], parts, cfg, 0, run.device)
-    found, sums = {kind: [] for kind in SETS}, {kind: Counter() for kind in SETS}
-    for numbers, batch in zip(mine, loader, strict=True):
-        name_unreadable(batch, data)
-        with run.amp:
-            enc, lens = nano.encode(batch.to(run.device).feats, batch.lens)
-            losses, heard = tuner.losses(enc, lens, batch), nano.hear(enc, lens)
-            places = [place for place, n in enumerate(numbers) if n in chosen]
-            said = read_llm(tuner, heard, places, batch.rows) if nano.llm is not None else {}
-        kind = batch.rows["kind"][0]
-        sums[kind].update({name: float(losses[name]) for name in tuner.weights})
-        sums[kind].update({f"n_{name}": count for name, count in batch.labels(cfg).items()})
-        for place, reason in enumerate(batch.rows["reason"]):
-            text = parts.ctc_tokenizer.decode(heard.paths[place]) if heard.paths else None
-            row = batch.rows["key"][place], batch.rows["target"][place], said.get(place), text
-            found[kind] += [row] if not reason else []
-    shared = [(found, sums)] * run.world
-    if run.world > 1:
-        dist.all_gather_object(shared, (found, sums))
-    found = {kind: [row for part, _ in shared for row in part[kind]] for kind in SETS}
-    sums = {kind: sum((part[kind] for _, part in shared), Counter()) for kind in SETS}
-    tuner.train()
-    return score(found, sums, tuner.weights, parts.ctc_tokenizer is not None), found
-
-
-def score(found, sums, losses, has_ctc):
-    """Texts and sums of each set -> {SET_llm_er, SET_ctc_er, SET_ce, SET_ctc, SET_distill}."""
-    scores = {}
-    for kind, rows in found.items():
-        for name, column in (("llm_er", 2), ("ctc_er", 3)):
-            pairs = [(row[1], row[column]) for row in rows if row[1] and row[column] is not None]
-            if pairs:
+        clips = [clip for clip in data.valid if clip.kind == kind]
+        spread = np.linspace(0, len(clips) - 1, min(most, len(clips))).astype(int)
+        clips, found, sums = [clips[n] for n in spread], [], Counter()
+        if not clips:
+            continue
+        lengths = [clip.length for clip in clips]
+        limit = max(batch_limits(cfg)[0], *lengths)
+        groups = model.length_batches(lengths, limit, 1, 0, 1, 16)
+        places = [(-1, 0, group) for group in groups[run.rank :: run.world]]
+        for batch in load_batches(clips, places, parts, cfg, 0, run.device):
+            with run.amp:
+                losses = tuner(batch.feats.to(run.device), batch)
+                heard, said = losses["heard"], transcribe(tuner, losses["heard"], batch.clips)
+            sums.update({name: float(losses[name]) for name in tuner.weights})
+            sums.update({f"n_{name}": count for name, count in batch.labels(cfg).items()})
+            read = [parts.ctc_tokenizer.decode(path) for path in heard.paths or []]
+            found += zip(batch.clips, said, read or [None] * len(said), strict=True)
+        shared = [(found, sums)] * run.world
+        if run.world > 1:
+            dist.all_gather_object(shared, (found, sums))
+        rows = [row for part, _ in shared for row in part]
+        sums = sum((part for _, part in shared), Counter())
+        data.dropped |= {(kind, clip.key): clip for clip, _, _ in rows if clip.reason}
+        texts[kind] = [row for row in rows if not row[0].reason]
+        for name, column in (("llm_er", 1), ("ctc_er", 2)):
+            pairs = [(row[0].target, row[column]) for row in texts[kind] if row[0].target]
+            if pairs and pairs[0][1] is not None:
                 scores[f"{kind}_{name}"] = model.error_rate(*zip(*pairs, strict=True))["rate"]
-        for name in losses:
-            if count := sums[kind][f"n_{name}"]:
-                scores[f"{kind}_{name}"] = sums[kind][name] / count
-    return scores
+        counted = [name for name in tuner.weights if sums[f"n_{name}"]]
+        scores |= {f"{kind}_{name}": sums[name] / sums[f"n_{name}"] for name in counted}
+    tuner.train()
+    return scores, texts
 
 
-def read_llm(tuner, heard, places, rows):
-    """Greedy transcripts of the LLM: {place in the batch: text}."""
-    if not places:
-        return {}
-    embed, prompts = tuner.nano.llm.get_input_embeddings(), tuner.prompts(rows)
-    speech = heard.speech[places], heard.speech_lens[places]
-    spliced = model.splice(embed, [prompts[n] for n in places], *speech, pad_left=True)
-    stop = tuner.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    caps = [model.token_cap(rows["seconds"][n]) for n in places]
-    answers = model.greedy_decode(tuner.nano.llm, spliced, stop, caps)
-    texts = tuner.tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return {n: text.strip() for n, text in zip(places, texts, strict=True)}
+def transcribe(tuner, heard, clips):
+    """Greedy transcripts of the LLM; None where there is none."""
+    llm, tokenizer = tuner.nano.llm, tuner.tokenizer
+    if llm is None:
+        return [None] * len(clips)
+    embed, speech = llm.get_input_embeddings(), (heard.speech, heard.speech_lens)
+    spliced = model.splice(embed, tuner.prompts(clips), *speech, pad_left=True)
+    caps = [model.token_cap(clip.seconds) for clip in clips]
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    answers = model.greedy_decode(llm, spliced, stop, caps)
+    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 def rank_of(scores, tuner):
-    """What decides which checkpoint is better, less is: error rate of telephone speech, by the
-    read-out that trains most; where rates are equal, the loss."""
+    """What decides which checkpoint is better, least is best: error rate of telephone speech by the
+    read-out that trains most, and where that is equal its loss."""
     for kind in SETS:
-        for loss, name in (("ce", "llm_er"), ("ctc", "ctc_er")):
+        for loss, name in (("ce", "llm_er"), ("ctc", "ctc_er"), ("distill", "distill")):
             if loss in tuner.weights and f"{kind}_{name}" in scores:
                 return [scores[f"{kind}_{name}"], scores.get(f"{kind}_{loss}", 0.0)]
-        if f"{kind}_distill" in scores:
-            return [scores[f"{kind}_distill"], 0.0]
-    raise model.UserError("validation has nothing to score: no transcripts, no simulated speech")
-
-
-def name_unreadable(batch, data):
-    for key, source, reason in zip(
-        batch.rows["key"], batch.rows.get("source", batch.rows["key"]), batch.rows["reason"],
-        strict=True,
-    ):  # fmt: skip
-        if reason:
-            data.unreadable[key] = {"key": key, "source": source, "reason": reason}
+    raise model.UserError("nothing to score: validation clips have neither text nor simulation")
 
 
 # ---- the run ----------------------------------------------------------------
@@ -1450,24 +1060,261 @@ def name_unreadable(batch, data):
 
 def trained_state(parts):
     """What makes this model of its base: what trains, and what an earlier run has changed."""
-    names = {n for n, p in parts.nano.named_parameters() if p.requires_grad} | parts.first.keys()
-    state = parts.nano.state_dict()
-    return {name: state[name].detach().cpu() for name in state if name in names}
+    trains = parts.nano.named_parameters(remove_duplicate=False)  # tied ones under both names
+    names = {name for name, p in trains if p.requires_grad} | parts.first.keys()
+    return {n: w.detach().cpu() for n, w in parts.nano.state_dict().items() if n in names}
 
 
-def check_room(cfg, parts):
-    """UserError if the checkpoints that the run will keep do not fit on the disk."""
-    folder = Path(cfg.output_dir)
-    near = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    if not os.access(near, os.W_OK):
-        raise model.UserError(f"output_dir={folder}: {near} is not writable")
-    one = sum(value.nbytes for value in trained_state(parts).values())
-    needed = one * (cfg.train_conf.keep_nbest_models + 5)  # avg, trained; last: with two moments
-    free = shutil.disk_usage(near).free + sum(path.stat().st_size for path in folder.glob("*.pt"))
-    if needed > free:
-        room = f"{free / 2**30:.1f} GiB free, {needed / 2**30:.1f} GiB needed"
-        raise model.UserError(f"{folder}: {room}; lower train_conf.keep_nbest_models")
+def step_file(folder, step):
+    return folder / f"step-{step:06d}.pt"
 
 
-def keep_best(folder, kept, step, rank, state):
-    """Write this checkpoint if it is among the best `most`, remove the one that it pushes out."""
+def main(cfg, check_only=False):
+    conf, folder = cfg.train_conf, Path(cfg.output_dir)
+    device, dtype, rank, world = model.start(cfg.device, "bf16" if conf.use_bf16 else "fp32")
+    torch.set_float32_matmul_precision("high" if cfg.enable_tf32 else "highest")
+    amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    run = SimpleNamespace(device=device, amp=amp, rank=rank, world=world)
+    say, on_gpu = print if rank == 0 else lambda *_: None, device.type == "cuda"
+    check(cfg, say, check_only)
+    torch.manual_seed(cfg.seed)
+    parts = load_for_training(cfg, device)
+    data = read_data(cfg, parts, say)
+    tuner = Finetune(parts, cfg).to(device)
+    check_losses(tuner, say)
+    optimizer, trained = make_optimizer(tuner.nano, cfg.optim_conf), trained_state(parts)
+    groups_of = functools.lru_cache(4)(functools.partial(epoch_groups, data, cfg, world))
+    total = conf.max_steps or max(1, conf.max_epoch * len(groups_of(0)) // conf.accum_grad)
+    size = sum(value.nbytes for value in trained.values()) / 2**20
+    say(f"{total} steps of {conf.accum_grad} x {world} batches; at most {conf.keep_nbest_models} "
+        f"checkpoints of {size:.0f} MiB | {device} {dtype}, torch {torch.__version__}")  # fmt: skip
+    if check_only:
+        return
+    valid = model.hash_text([[clip.kind, clip.key] for clip in data.valid])
+    identity = {"base": {"name": parts.base, "weights": parts.base_hash}, "valid": {"clips": valid}}
+    symbols = parts.ctc_tokenizer and parts.ctc_tokenizer.symbols
+    identity["trained"] = {"tensors": model.hash_text([sorted(trained), symbols])}
+    state = model.open_run(folder, cfg, identity, conf.resume, rank, world)
+    names = ("step", "epoch", "used", "kept", "idle", "best", "before", "spent")
+    step, epoch, used, kept, idle, best, before, spent = 0, 0, 0, [], 0, [math.inf], None, 0.0
+    if state:
+        load_tensors(tuner.nano, tuner.nano.state_dict() | state["trained"], folder / "last.pt")
+        groups = optimizer.state_dict()["param_groups"]  # as they are configured now
+        optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        step, epoch, used, kept, idle, best, before, spent = (state[name] for name in names)
+        kept = [item for item in kept if step_file(folder, item[1]).is_file()]
+    patience = conf.early_stopping_patience or math.inf
+    if (step >= total or idle >= patience) and (folder / "results.json").is_file():
+        why = "all steps are done" if step >= total else f"no better for {idle} validations"
+        say(f"{folder}: this run is finished at step {step}, {why}; see {folder}/table.md")
+        return
+    if before is None:
+        before, _ = evaluate(tuner, data, parts, run)
+        if parts.random_ctc:  # it reads noise
+            before = {name: value for name, value in before.items() if "_ctc" not in name}
+    wrapped = tuner
+    if world > 1:
+        wrapped = nn.parallel.DistributedDataParallel(tuner, broadcast_buffers=False)
+    places = model.endless_groups(groups_of, epoch, used)
+    loader = iter(load_batches(data.train, places, parts, cfg, rank, device))
+    writer = SummaryWriter(folder, purge_step=step + 1) if rank == 0 else None
+    bar = tqdm(total=total, initial=step, unit="step", disable=None if rank == 0 else True)
+    started = since = time.time()
+    window = Counter()  # sums since the last log
+    tuner.train()
+    while step < total and idle < patience:
+        torch.manual_seed(cfg.seed * 1_000_003 + step * world + rank)  # dropout: by the step alone
+        lr = learning_rate(step, cfg)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        batches = [next(loader) for _ in range(conf.accum_grad)]
+        norm = train_step(wrapped, tuner, optimizer, batches, run, window)
+        step, epoch, used = step + 1, batches[-1].epoch, batches[-1].used
+        epoch_ends = any(batch.used == len(groups_of(batch.epoch)) for batch in batches)
+        bar.update()
+        if broken := {(c.kind, c.key): c for batch in batches for c in batch.clips if c.reason}:
+            data.dropped |= broken
+            check_readable(data.dropped, cfg)
+        if model.due(step, conf.log_interval, total):
+            model.log_metrics(folder, writer, step, {
+                **{n: float(window[n]) / max(1, window[f"n_{n}"]) for n in tuner.weights},
+                "acc": float(window["right"]) / max(1, window["tokens"]), "lr": lr,
+                "grad_norm": float(window["grad_norm"]) / window["steps"],
+                "impossible": window["impossible"],
+                "dropped": sum(not clip.seconds for clip in data.dropped.values()),
+                "audio_s_per_s": window["audio_s"] / (time.time() - since),
+                "gpu_gib": torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else 0.0,
+            })  # fmt: skip
+            window, since = Counter(), time.time()
+        if epoch_ends or model.due(step, conf.validate_interval, total):
+            scores, _ = evaluate(tuner, data, parts, run, conf.valid_clips)
+            model.log_metrics(folder, writer, step, scores)
+            score = rank_of(scores, tuner)
+            idle, best = (0, score) if score < best else (idle + 1, best)
+            old, kept = kept, sorted([*kept, [score, step]])[: conf.keep_nbest_models]
+            if rank == 0 and [score, step] in kept:
+                model.save(step_file(folder, step), trained_state(parts))
+            for item in [item for item in old if item not in kept]:
+                step_file(folder, item[1]).unlink(missing_ok=True)
+        ends = epoch_ends or idle >= patience
+        if rank == 0 and (ends or model.due(step, conf.save_checkpoint_interval, total)):
+            model.check_gradient(norm, step)
+            values = step, epoch, used, kept, idle, best, before, spent + time.time() - started
+            state = dict(zip(names, values, strict=True)) | {"format": model.FORMAT, "world": world}
+            state |= {"identity": identity, "config": OmegaConf.to_container(cfg)}
+            state |= {"trained": trained_state(parts), "optimizer": optimizer.state_dict()["state"]}
+            model.save(folder / "last.pt", state)
+    bar.close()
+    finish(tuner, data, parts, run, kept, before, step)
+    say(f"done: {step} steps, {spent + time.time() - started:.0f} s -> {folder}")
+
+
+def finish(tuner, data, parts, run, kept, before, step):
+    """Average the best checkpoints, keep the better of average and best, tell what has changed."""
+    cfg, folder, nano, average, found = tuner.cfg, Path(tuner.cfg.output_dir), tuner.nano, {}, {}
+    if run.world > 1:
+        dist.barrier()  # until the last checkpoint is written
+    paths = [step_file(folder, n) for _, n in kept[: cfg.train_conf.avg_nbest_model]]
+    for path in paths:
+        for name, value in model.read_weights(path).items():
+            average[name] = average.get(name, 0.0) + value / len(paths)
+    states = {"best": model.read_weights(paths[0]), "average": average}
+    for name, state in states.items():
+        load_tensors(nano, nano.state_dict() | state, name)
+        found[name] = (
+            found["best"] if found and len(paths) == 1 else evaluate(tuner, data, parts, run)
+        )
+    chosen = min(found, key=lambda name: rank_of(found[name][0], tuner))
+    shared = [data.dropped] * run.world
+    if run.world > 1:
+        dist.all_gather_object(shared, data.dropped)
+    if run.rank > 0:
+        return
+    dropped = {key: clip for part in shared for key, clip in part.items()}.values()
+    rows = [{"key": c.key, "source": str(c.source), "reason": c.reason} for c in dropped]
+    model.save(folder / "dropped.jsonl", rows)
+    model.save(folder / "avg.pt", average)
+    model.save(folder / "trained.pt", states[chosen])
+    symbols = parts.ctc_tokenizer and parts.ctc_tokenizer.symbols
+    content = {"format": model.FORMAT, "script": "finetune_encoder", "base": parts.base}
+    content |= {"base_hash": parts.base_hash, "ctc_symbols": symbols}
+    model.save(folder / "config.json", content | {"conf": OmegaConf.to_container(cfg)})
+    after, texts = found[chosen]
+    table = ["| set | read-out | before | after |", "|---|---|---|---|"]
+    for name in (name for name in after if name.endswith("_er")):
+        old = f"{100 * before[name]:.1f} %" if name in before else "–"
+        kind, read_out, _ = name.split("_")
+        table.append(f"| {kind} dev | {read_out.upper()} | {old} | {100 * after[name]:.1f} % |")
+    rows = [(c, (llm if llm is not None else ctc) or "") for c, llm, ctc in sum(texts.values(), [])]
+    rows.sort(key=lambda row: -model.error_rate([row[0].target], [row[1]])["rate"])
+    worst = [f"{c.key} ({c.kind}): {c.target!r} -> {text!r}" for c, text in rows[:20]]
+    print("\n".join([*table, f"the {chosen} of steps {[n for _, n in kept]}; worst:", *worst[:5]]))
+    model.save(folder / "table.md", "\n".join(table) + "\n")
+    model.save(folder / "worst.txt", "\n".join(worst) + "\n")
+    content = {name: scores for name, (scores, _) in found.items()} | {"before": before}
+    content |= {"after": after, "chosen": chosen, "steps": step}
+    plot_curves(folder)
+    model.save(folder / "results.json", content)  # the last: now the run is finished
+
+
+def plot_curves(folder):
+    """Losses and error rates over the steps."""
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name in dict.fromkeys(name for row in rows for name in row):
+        axis = right if name.endswith("_er") else left if name in ("ce", "ctc", "distill") else None
+        if axis is not None:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axis.plot(*zip(*points, strict=True), label=name)
+            axis.legend()
+    left.set(xlabel="optimizer step", ylabel="loss, nats per label", yscale="log")
+    right.set(xlabel="optimizer step", ylabel="error rate")
+    model.save_atomic(folder / "curves.png", lambda file: figure.savefig(file, format="png"))
+
+
+# ---- back to FunASR, and on to infer.py -------------------------------------
+
+
+def merge(run_dir, model_pt, out):
+    """Write a folder that funasr's AutoModel loads: the base's files, the changes in model.pt."""
+    run, out, base = read_run(run_dir), Path(out), Path(model_pt).parent
+    if not run or run["conf"]["audio_encoder"] != SANM:
+        raise model.UserError(f"{run_dir}: no finished run on a Fun-ASR-Nano; give its output_dir")
+    if out.exists() and any(out.iterdir()):
+        raise model.UserError(f"{out}: is not empty; give another folder")
+    weights, trained = dict(read_base(model_pt)), model.read_weights(Path(run_dir) / "trained.pt")
+    if (found := model.hash_tensors(weights)) != run["base_hash"]:
+        said = f"hash {found}, but {run_dir} was trained on {run['base_hash']}"
+        raise model.UserError(f"{model_pt}: {said}")
+    lora, front = run["conf"]["llm_conf"]["lora_conf"], run["conf"]["frontend_conf"]
+    scale = lora["lora_alpha"] / lora["r"]
+    for name, value in trained.items():
+        if ".lora_A." in name:  # W + alpha / r * B A, in the base's own dtype
+            target = f"{name.split('.lora_A.')[0]}.weight"
+            delta = scale * trained[name.replace(".lora_A.", ".lora_B.")] @ value
+            weights[target] = (weights[target].float() + delta).to(weights[target].dtype)
+        elif ".lora_B." not in name:
+            weights[name] = value  # fp32: bf16 would round small updates away
+    leave = shutil.ignore_patterns(Path(model_pt).name, ".git")
+    shutil.copytree(base, out, ignore=leave, dirs_exist_ok=True)
+    weights = {name: value.clone() for name, value in weights.items()}  # no longer memory-mapped
+    model.save(out / "model.pt", weights)
+    print(f"{len(trained)} changed tensors in {len(weights)} -> {out}")
+    if front["fs"] == 8000:
+        said = "infer.py reads calls natively, from the run folder; funasr resamples them to 16 kHz"
+        print(said if front["mel_axis"] != "native" else f"set frontend_conf.fs: 8000 in {out}")
+
+
+def load_listener(folder, cfg, device, dtype):
+    """infer.py's listener (see there) of a run folder, or of a released or merged folder."""
+    run, moved = read_run(folder), cfg.encoder.name if Path(cfg.encoder.name).exists() else ""
+    conf = run["conf"] if run else model.read_funasr(folder)[0]
+    with_llm = cfg.decode.readout != "ctc" and conf["llm"] != "none"
+    start = folder if run else folder / "model.pt"
+    parts = load_parts(conf, start, dtype, with_llm, moved=moved)
+    nano, tokenizer, ctc = model.freeze(parts.nano).to(device), parts.tokenizer, parts.ctc_tokenizer
+    if not with_llm and ctc is None:
+        raise model.UserError(f"{folder}: has no CTC branch to read")
+
+    def hear(feats, lens):
+        with torch.autocast(device.type, enabled=False):  # only the LLM is bf16, as in FunASR
+            return nano.hear(*nano.encode(feats, lens)), None
+
+    def prompt(row):
+        hotwords = cfg.hotwords or row.get("hotwords") or ""
+        return nano_prompt(tokenizer, hotwords, cfg.language, cfg.prompt)
+
+    def spell(text):
+        found, known, classes = [], "", ctc.encode(text)
+        for count, label in enumerate(classes, start=1):  # a rare character is several tokens
+            so_far = ctc.decode(classes[:count]).rstrip("\ufffd")
+            found.append((label, so_far[len(known) :]))
+            known = so_far
+        return found
+
+    stack = nano.ctc_decoder.stack if nano.ctc_decoder is not None else 1
+    return SimpleNamespace(
+        encoder=parts.frontend, hear=hear, prompt=prompt, llm=nano.llm, tokenizer=tokenizer,
+        stop_id=tokenizer and tokenizer.convert_tokens_to_ids("<|im_end|>"), spell=spell,
+        read_ctc=ctc and (lambda path: ctc.decode(path).strip()), blank=ctc and nano.ctc.blank,
+        position_s=stack * parts.frontend.frame_ms / 1000, about=f"{folder}, {parts.base}",
+    )  # fmt: skip
+
+
+def command_line(arguments):
+    """What to run, and load_config's arguments: training, --check or merge."""
+    if arguments[:1] == ["merge"]:
+        if len(arguments) != 5 or arguments[3] != "-o":
+            sys.exit("error: expected merge RUN_DIR MODEL.pt -o FOLDER")
+        run_dir, model_pt, _, out = arguments[1:]
+        return lambda cfg: merge(run_dir, model_pt, cfg.output_dir), [f"output_dir={out}"]
+    rest = [argument for argument in arguments if argument != "--check"]
+    return functools.partial(main, check_only=len(rest) < len(arguments)), rest
+
+
+if __name__ == "__main__":
+    command, sys.argv[1:] = command_line(sys.argv[1:])
+    model.run_main(command, DEFAULTS, __doc__, "dataset_conf.batch_size")

@@ -1,0 +1,762 @@
+"""finetune_encoder.py as a user meets it: keys, line, losses, runs, merge, bad input."""
+
+import copy
+import json
+import random
+import re
+from pathlib import Path
+
+import make_twins
+import pytest
+import torch
+import torch.nn.functional as F
+from omegaconf import OmegaConf
+from processes import run_processes
+from test_training import Gpu, OnGpu
+
+import finetune_encoder as ft
+import infer
+import model
+
+CONFIGS, CPU = Path(__file__).parents[1] / "configs", torch.device("cpu")
+KNOWN = model.flatten(OmegaConf.to_container(OmegaConf.create(ft.DEFAULTS)))
+REAL_CURVES = ft.plot_curves
+
+
+def config(*arguments):
+    return model.load_config([str(a) for a in arguments], ft.DEFAULTS)
+
+
+def call(*arguments):
+    ft.main(config(*arguments))
+
+
+def changed(cfg, text):
+    """A copy with `key=value key=value ...`, as typed on the command line."""
+    cfg = copy.deepcopy(cfg)
+    for key, value in (part.split("=") for part in text.split()):
+        OmegaConf.update(cfg, key, model.convert(value, KNOWN[key], key))
+    return cfg
+
+
+def train(world, folder, text="", *more):
+    """stage1.yaml on the twin, with `key=value key=value ...`. Output: the run's folder."""
+    call(*world["stage1"], f"output_dir={folder}", *text.split(), *more)
+    return Path(folder)
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def rows_of(folder, name="metrics.jsonl"):
+    return [json.loads(line) for line in (Path(folder) / name).read_text().splitlines()]
+
+
+def last(folder):
+    return torch.load(folder / "last.pt", weights_only=True)
+
+
+def weights(folder, name="trained"):
+    return model.read_weights(folder / f"{name}.pt")
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):  # a third of a run's time here
+    monkeypatch.setattr(ft, "plot_curves", lambda folder: None)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, official_folder):
+    """Clips at 8 and 16 kHz, and the arguments that make stage1.yaml fit the twin."""
+    folder = tmp_path_factory.mktemp("finetune")
+    calls = make_twins.wav_files(folder / "narrow", n=10, rate=8000)
+    wide = make_twins.wav_files(folder / "wide", n=4, rate=16000, seed=3)
+    rows = rows_of(calls.parent, calls.name)
+    rows[1]["target"], rows[0]["hotwords"] = "One, please!", ["one", "two"]
+    dev = calls.with_name("dev.jsonl")
+    model.save(calls, rows)
+    model.save(dev, rows[:3])
+    sizes = [f"audio_encoder_conf.{key}={value}" for key, value in make_twins.ENCODER.items()]
+    for part, width in (("audio_adaptor", 48), ("ctc_decoder", 32)):
+        sizes += [f"{part}_conf.{k}" for k in (f"llm_dim={width}", "ffn_dim=64", "encoder_dim=32")]
+    lists = [f"train_data_set_list={calls}", f"valid_data_set_list={dev}"]
+    lists += ["dataset_conf.batch_size_sample_max=4", "dataset_conf.num_workers=0"]
+    base = [f"init_param={official_folder}/model.pt", "llm=none", "scheduler_conf.warmup_steps=2"]
+    base += ["train_conf.log_interval=1", "train_conf.max_epoch=2"]
+    clean = [f"clean_data_set_list={wide}", f"clean_valid_data_set_list={wide}", "data_mix=0.3"]
+    stage1 = [CONFIGS / "stage1.yaml", *sizes, *lists, *base]
+    return {"folder": folder, "calls": calls, "dev": dev, "wide": wide, "lists": lists,
+            "stage1": stage1, "clean": clean}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def prepared(world):
+    """The twin with all losses, its data with all kinds of clips, and one batch of them."""
+    extra = """distill_weight=0.5 llm=Qwen3-0.6b ctc_decoder_conf.freeze=false seed=0
+        telephone_conf.prob=1 telephone_conf.noise_prob=1 telephone_conf.packet_loss_prob=1"""
+    cfg = config(*world["stage1"], *world["clean"], *extra.split(),
+                 f"telephone_conf.data_set_list={world['wide']}",
+                 f"output_dir={world['folder'] / 'prepared'}")  # fmt: skip
+    parts = ft.load_for_training(cfg, CPU)
+    data = ft.read_data(cfg, parts, print)
+    batch = ft.Clips(data.train, parts.frontend, cfg, 0)[0, 0, [[0, 3, 12]]]
+    return world | {"cfg": cfg, "parts": parts, "data": data, "batch": batch}
+
+
+# ---- configuration ----------------------------------------------------------
+
+STAGE1 = """
+audio_encoder_conf.freeze=false llm_conf.freeze=true audio_adaptor_conf.freeze=true
+ctc_decoder_conf.freeze=true frontend_conf.fs=8000 specaug=SpecAugLFR specaug_conf.lfr_rate=6
+specaug_conf.freq_mask_width_range=0,10 specaug_conf.num_freq_mask=1 specaug_conf.num_time_mask=2
+specaug_conf.time_mask_width_range=0,50 specaug_conf.apply_time_warp=false
+train_conf.max_epoch=10 train_conf.keep_nbest_models=5 train_conf.avg_nbest_model=3
+train_conf.log_interval=10 train_conf.validate_interval=1000 train_conf.use_bf16=false
+train_conf.save_checkpoint_interval=1000 train_conf.grad_clip=5 train_conf.accum_grad=1
+optim_conf.lr=1e-4 optim_conf.weight_decay=0.01 scheduler_conf.warmup_steps=1000
+dataset_conf.batch_type=token dataset_conf.batch_size=6000 dataset_conf.batch_size_sample_max=10
+dataset_conf.max_token_length=3500 dataset_conf.num_workers=8 dataset_conf.retry=2000
+dataset_conf.audio_encoder_downsample_rate=2 dataset_conf.data_split_num=256
+dataset_conf.max_source_length=12000 dataset_conf.min_source_length=10 dataset_conf.sort_size=1024
+tokenizer_conf.init_param_path=Qwen3-0.6B tokenizer_conf.unk_symbol=<unk> model_conf.lsm_weight=0.1
+detach_ctc_decoder=false train_conf.use_deepspeed=false train_data_set_list=data/train_8k.jsonl
+valid_data_set_list=data/dev_8k.jsonl
+"""
+TELEPHONE = STAGE1 + """
+ctc_decoder_conf.freeze=false ctc_weight=1 frontend_conf.fs=16000 specaug_conf.num_time_mask=1
+specaug_conf.freq_mask_width_range=0,15 specaug_conf.time_mask_width_range=0,10
+train_conf.max_epoch=20 train_conf.keep_nbest_models=10 train_conf.avg_nbest_model=100
+train_conf.validate_interval=2000 train_conf.save_checkpoint_interval=2000 optim_conf.lr=5e-5
+optim_conf.betas=0.9,0.999 dataset_conf.max_token_length=1024 dataset_conf.num_workers=4
+dataset_conf.data_split_num=512 dataset_conf.batch_size_sample_max=15 dataset_conf.retry=20
+"""  # fmt: skip
+
+
+def test_the_three_configurations_hold_what_was_asked_for():
+    paths = [CONFIGS / f"{name}.yaml" for name in ("stage1", "telephone_8k")]
+    stage1, telephone = map(config, paths)
+    hub = config(paths[1], CONFIGS / "telephone_8k_from_hub.yaml", "++ctc_weight=2")
+    for cfg, wanted in ((stage1, STAGE1), (telephone, TELEPHONE)):
+        ft.check(cfg, print, False)
+        assert changed(cfg, wanted) == cfg and not cfg.clean_data_set_list
+    one, two = (model.flatten(OmegaConf.to_container(cfg)) for cfg in (telephone, hub))
+    assert {k for k in one if one[k] != two[k]} == {
+        "model",
+        "init_param",
+        "output_dir",
+        "ctc_weight",
+    }
+    assert hub.model == "FunAudioLLM/Fun-ASR-Nano-2512" and not hub.init_param
+
+
+EFFECTS = {  # each of these keys, so changed, changes what its observer sees
+    "load": """init_param=nowhere.pt audio_encoder=nowhere llm=none ctc_decoder_conf.freeze=true
+        audio_encoder_conf.output_size=64 audio_encoder_conf.attention_heads=2 model=x/y
+        audio_encoder_conf.linear_units=32 audio_encoder_conf.num_blocks=4
+        audio_encoder_conf.tp_blocks=1 audio_encoder_conf.kernel_size=9
+        audio_encoder_conf.dropout_rate=0.5 audio_encoder_conf.attention_dropout_rate=0.5
+        audio_encoder_conf.freeze=true audio_encoder_conf.freeze_layer_num=2
+        llm_conf.freeze=false llm_conf.init_param_path=nowhere llm_conf.use_lora=true
+        audio_adaptor_conf.downsample_rate=2 audio_adaptor_conf.use_low_frame_rate=false
+        audio_adaptor_conf.ffn_dim=32 audio_adaptor_conf.llm_dim=32 audio_adaptor_conf.n_layer=1
+        audio_adaptor_conf.encoder_dim=16 audio_adaptor_conf.freeze=false
+        ctc_decoder_conf.downsample_rate=2 ctc_decoder_conf.ffn_dim=32 ctc_decoder_conf.llm_dim=16
+        ctc_decoder_conf.encoder_dim=16 ctc_decoder_conf.n_layer=4 ctc_conf.dropout_rate=0.5
+        dataset_conf.ctc_tokenizer_conf.vocab_path=nowhere""",
+    "lora": """llm_conf.lora_conf.r=4 llm_conf.lora_conf.lora_alpha=8
+        llm_conf.lora_conf.lora_dropout=0.5 llm_conf.lora_conf.target_modules=k_proj""",
+    "losses": """llm_weight=2 ctc_weight=2 distill_weight=2 detach_ctc_decoder=true
+        model_conf.lsm_weight=0.3 model_conf.length_normalized_loss=false""",
+    "features": """frontend_conf.fs=16000 frontend_conf.mel_axis=native frontend_conf.dither=0
+        frontend_conf.cmvn_file=nowhere specaug= seed=1 specaug_conf.apply_freq_mask=false
+        specaug_conf.freq_mask_width_range=20,30 specaug_conf.lfr_rate=0 specaug_conf.fill=zero
+        specaug_conf.num_freq_mask=5 specaug_conf.apply_time_mask=false
+        specaug_conf.time_mask_width_range=1,2 specaug_conf.num_time_mask=6
+        specaug_conf.time_mask_max_ratio=0.9 telephone_conf.prob=0 telephone_conf.band_prob=0
+        telephone_conf.noise_prob=0 telephone_conf.snr_db=0,1 telephone_conf.level_prob=0
+        telephone_conf.level_db=-60,-50 telephone_conf.codec_prob=0 telephone_conf.codecs=gsm
+        telephone_conf.packet_loss_prob=0 telephone_conf.packet_loss_rate=0.5,0.6
+        telephone_conf.packet_loss_burst=9 dataset_conf.speed_perturb=0.5
+        dataset_conf.num_workers=1""",
+    "data": """train_data_set_list= valid_data_set_list= clean_data_set_list= data_mix=0.6
+        clean_valid_data_set_list= telephone_conf.data_set_list= dataset_conf.batch_type=length
+        dataset_conf.batch_size=500 dataset_conf.batch_size_sample_max=2
+        dataset_conf.batch_size_token_max=90 dataset_conf.max_token_length=70
+        dataset_conf.max_source_length=70 dataset_conf.min_source_length=70
+        dataset_conf.max_target_length=3 dataset_conf.ctc_target_normalize=false
+        dataset_conf.ctc_tokenizer=word dataset_conf.prompt_conf.use_hotwords=false""",
+    "optimizer": """optim_conf.lr=1e-3 optim_conf.ctc_lr=1e-2 optim_conf.layer_decay=0.5
+        optim_conf.weight_decay=0.5 optim_conf.betas=0.5,0.9 scheduler_conf.warmup_steps=7""",
+    "run": """train_conf.accum_grad=2 train_conf.grad_clip=1e-3 train_conf.max_epoch=1
+        train_conf.max_steps=3 train_conf.keep_nbest_models=1 train_conf.avg_nbest_model=1
+        train_conf.log_interval=0 train_conf.validate_interval=0 train_conf.valid_clips=1
+        train_conf.save_checkpoint_interval=1 train_conf.use_bf16=true enable_tf32=false
+        device=tpu""",
+}  # fmt: skip
+ELSEWHERE = """output_dir= train_conf.resume= dataset_conf.retry= llm_conf.llm_dtype=
+    train_conf.early_stopping_patience="""
+
+
+def test_every_key_is_read_or_answered():
+    acting = [part.split("=")[0] for part in " ".join([*EFFECTS.values(), ELSEWHERE]).split()]
+    answered = [*ft.marked("-"), *ft.marked("=")]
+    assert sorted(acting + answered) == sorted(KNOWN) and all(ft.marked("-").values())
+
+
+def observe_load(cfg, world):
+    torch.manual_seed(0)
+    cfg.init_param = cfg.init_param if cfg.model == "FunASRNano" else None
+    nano = ft.load_for_training(cfg, CPU).nano.train()
+    for name, parameter in nano.named_parameters():
+        if ".lora_B." in name:  # at 0 the rest of LoRA changes nothing
+            parameter.data.fill_(0.1)
+    enc, enc_lens = nano.encode(torch.ones(1, 20, 560), torch.tensor([20]))
+    heard = nano.hear(enc, enc_lens)
+    scores = nano.llm and nano.llm(inputs_embeds=heard.speech).logits.sum()
+    trains = [name for name, p in nano.named_parameters() if p.requires_grad]
+    return [enc.sum(), heard.log_probs.sum(), heard.speech_lens, heard.lens, scores, trains]
+
+
+def observe_losses(cfg, world):
+    tuner = ft.Finetune(world["parts"], cfg).train()
+    torch.manual_seed(0)
+    sums, labels = tuner(world["batch"].feats, world["batch"]), world["batch"].labels(cfg)
+    total = sum(weight * sums[name] / labels[name] for name, weight in tuner.weights.items())
+    grad = torch.autograd.grad(total, world["parts"].nano.audio_encoder.tp_norm.weight)[0]
+    return [float(total), grad.sum()]
+
+
+def observe_features(cfg, world):
+    rest = [(0, 0, [[0, 3, 12]])], world["parts"], cfg, 0, CPU
+    loader = ft.load_batches(world["data"].train, *rest)
+    loader.dataset.frontend = ft.NanoFrontend(**cfg.frontend_conf)
+    batches = [] if loader.num_workers else [*loader]
+    return [loader.num_workers, *(model.hash_tensors({"": batch.feats}) for batch in batches)]
+
+
+def observe_data(cfg, world):
+    ft.check(cfg, print, False)
+    data = ft.read_data(cfg, world["parts"], print)
+    return [ft.epoch_groups(data, cfg, 1, 1), *vars(data).values()]
+
+
+def observe_optimizer(cfg, world):
+    groups = ft.make_optimizer(world["parts"].nano, cfg.optim_conf).param_groups
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+    return [groups, [ft.learning_rate(step, cfg) for step in range(9)]]
+
+
+def observe_run(cfg, world):
+    folder = world["folder"] / "observed" / model.hash_text(str(cfg))
+    cfg.output_dir, saved, real = str(folder), [], model.save
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "save", lambda path, x: (saved.append(path.name), real(path, x)))
+        ft.main(cfg)
+    rows = [{k: v for k, v in row.items() if "_per_s" not in k} for row in rows_of(folder)]
+    files = sorted(path.name for path in folder.glob("*.pt"))
+    average, precision = weights(folder, "avg"), torch.get_float32_matmul_precision()
+    return [saved, rows, files, model.hash_tensors(average), precision]
+
+
+@pytest.mark.parametrize("observer", EFFECTS)
+def test_a_changed_key_changes_what_is_computed(prepared, observer):
+    look, base = globals()[f"observe_{observer.replace('lora', 'load')}"], prepared["cfg"]
+    if observer == "lora":
+        base = changed(base, "llm_conf.use_lora=true")
+    elif observer == "run":
+        lines = "optim_conf.lr=5e-2", "train_conf.validate_interval=1", "output_dir=x"
+        few = f"train_data_set_list={prepared['dev']}", "dataset_conf.batch_size_sample_max=2"
+        base = config(*prepared["stage1"], *lines, *few)
+    before, idle = str(look(copy.deepcopy(base), prepared)), []
+    for change in EFFECTS[observer].split():
+        try:
+            after = str(look(changed(base, change), prepared))
+        except (model.UserError, ValueError) as error:
+            after = str(error)
+        idle += [change] * (after == before)
+    assert not idle
+
+
+# ---- the simulated line, and the data ---------------------------------------
+
+
+def on_line(wave, *effects, seed=0, **settings):
+    """Through the line with these effects for certain, and no others."""
+    conf = config("output_dir=x").telephone_conf
+    for effect in ("noise", "band", "level", "codec", "packet_loss"):
+        conf[f"{effect}_prob"] = float(effect in effects)
+    return ft.simulate_telephone(wave, OmegaConf.merge(conf, settings), random.Random(seed))
+
+
+def decibel(one, two):
+    return 20 * float((one.std() / two.std()).log10())
+
+
+def test_the_line_does_what_its_keys_say():
+    speech = torch.from_numpy(make_twins.spoken(["one", "two", "three", "please"], rate=8000))
+    every = ("noise", "band", "level", "codec", "packet_loss")
+    assert torch.equal(on_line(speech), speech)
+    one, again, other = (on_line(speech, *every, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(one, again) and not torch.equal(one, other) and len(one) == len(speech)
+    for hz, low, high in ((1000, -1, 1), (60, -99, -12), (3900, -99, -12)):
+        tone = torch.sin(2 * torch.pi * hz * torch.arange(8000) / 8000)
+        assert low < decibel(on_line(tone, "band")[2000:], tone[2000:]) < high
+    quiet = on_line(speech, "level", level_db=[-20.0, -20.0])
+    assert float(quiet.abs().max()) == pytest.approx(0.1)
+    noise = on_line(speech, "noise", snr_db=[10.0, 10.0]) - speech
+    assert decibel(speech, noise) == pytest.approx(10, abs=0.2)
+    for codec, snr_db in (("mulaw", 30), ("alaw", 30), ("gsm", 3)):
+        decoded = on_line(speech, "codec", codecs=[codec])
+        assert len(decoded) == len(speech) and 99 > decibel(speech, decoded - speech) > snr_db
+    lost = ft.lose_packets(torch.ones(160 * 20000), 0.05, 2.5, random.Random(0)).view(-1, 160)
+    assert bool(((lost == 0).all(1) | (lost == 1).all(1)).all())
+    gone = (lost[:, 0] == 0).int()
+    starts = int(F.pad(gone, (1, 0))[:-1].lt(gone).sum())
+    assert float(gone.float().mean()) == pytest.approx(0.05, abs=0.01)
+    assert int(gone.sum()) / starts == pytest.approx(2.5, abs=0.3)
+
+
+def test_data_mix_is_the_share_of_clean_rehearsal(prepared):
+    data = ft.SimpleNamespace(train=[prepared["data"].train[0]] * 120, n_clean=40)
+    for mix in (0.0, 0.25, 0.5):
+        groups = ft.epoch_groups(data, changed(prepared["cfg"], f"data_mix={mix}"), 1, 1)
+        drawn = [n for group in groups for batch in group for n in batch]
+        assert sum(n >= 80 for n in drawn) / len(drawn) == pytest.approx(mix, abs=0.01)
+        assert set(range(80)) <= set(drawn)
+
+
+def test_lists_of_manifests_and_tables_give_the_same_clips(prepared, tmp_path):
+    import datasets
+
+    rows, rest = rows_of(prepared["dev"].parent, "dev.jsonl"), (prepared["cfg"], prepared["parts"])
+    (tmp_path / "train.list").write_text(f"{prepared['dev']}\n")
+    audio = [(prepared["dev"].parent / row["source"]).read_bytes() for row in rows]
+    table = {"audio": [{"bytes": x, "path": None} for x in audio], "hotwords": ["one, two", "", ""]}
+    table |= {"text": [row["target"] for row in rows]}
+    datasets.Dataset.from_dict(table).to_parquet(tmp_path / "0.parquet")
+    found = []
+    for spec in (prepared["dev"], tmp_path / "train.list", tmp_path):
+        clips = ft.read_clips(str(spec), "telephone", *rest, True)
+        batch = ft.Clips(clips, rest[1].frontend, rest[0], 0)[-1, 0, [[0, 1, 2]]]
+        labels = [(c.target, c.length, c.ids, c.classes, c.reason) for c in batch.clips]
+        found.append((labels, batch.lens.tolist()))
+    assert found[0] == found[1] == found[2] and not found[0][0][0][-1]
+
+
+def test_limits_count_10_ms_frames_and_name_the_longest(prepared, capsys):
+    cfg = changed(prepared["cfg"], "dataset_conf.max_token_length=100")
+    data = ft.read_data(cfg, prepared["parts"], print)
+    out = [*data.dropped.values()]
+    assert out and all(clip.frames + len(clip.ids) > 100 for clip in out)
+    assert all(clip.frames + len(clip.ids) <= 100 for clip in data.train)
+    clip = max(out, key=lambda clip: clip.seconds)
+    assert clip.frames == model.fbank_frames(round(clip.seconds * 16000))
+    said = f"left out, longer than max_token_length, .* is {clip.key} .{clip.seconds:.1f} s"
+    assert re.search(said, capsys.readouterr().out)
+
+
+# ---- losses -----------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_losses_have_the_values_of_their_definitions(prepared):
+    cfg, parts, batch = prepared["cfg"], prepared["parts"], prepared["batch"]
+    tuner, nano, lens = ft.Finetune(parts, cfg).eval(), parts.nano, batch.lens[:3]
+    sums, expected = tuner(batch.feats, batch), 0.0
+    enc, _ = nano.encode(batch.feats[:3], lens)
+    log_probs, _ = nano.ctc_log_probs(enc, lens)
+    for n, clip in enumerate(batch.clips):
+        sizes = lens[n : n + 1], torch.tensor([len(clip.classes)])
+        target = torch.tensor([clip.classes]), *sizes, nano.ctc.blank, "sum"
+        expected += F.ctc_loss(log_probs[n, : lens[n]][:, None], *target)
+    torch.testing.assert_close(sums["ctc"], expected, rtol=1e-4, atol=1e-3)
+    assert batch.twin_of == [2] and sums["impossible"] == 0 and len(batch.feats) == 4
+    clean, _ = tuner.original(batch.feats[3:, : lens[2]], lens[2:])
+    expected = (enc[2, : lens[2]] - clean[0]).pow(2).mean(-1).sum()
+    torch.testing.assert_close(sums["distill"], expected, rtol=1e-4, atol=1e-4)
+    ids, classes = [c.ids for c in batch.clips], [c.classes for c in batch.clips]
+    labels = {"ce": sum(map(len, ids)), "ctc": sum(map(len, classes)), "distill": int(lens[2])}
+    assert batch.labels(cfg) == labels
+    by_clip = batch.labels(changed(cfg, "model_conf.length_normalized_loss=false"))
+    assert by_clip == {"ce": 3, "ctc": 3, "distill": int(lens[2])}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_smoothed_cross_entropy_equals_a_plain_formula(prepared, smoothing):
+    cfg, parts, batch = prepared["cfg"], prepared["parts"], prepared["batch"]
+    tuner = ft.Finetune(parts, changed(cfg, f"model_conf.lsm_weight={smoothing}"))
+    nano, expected, embed = parts.nano.eval(), 0.0, parts.nano.llm.get_input_embeddings()
+    tuner.training = True  # of the loss alone: without dropout
+    found = float(tuner(batch.feats, batch)["ce"])
+    speech, counts = nano.listen(*nano.encode(batch.feats[:3], batch.lens[:3]))
+    for n, clip in enumerate(batch.clips):  # [before | speech | after | text], one by one
+        before, after = ft.nano_prompt(parts.tokenizer, clip.hotwords)
+        words = [embed(torch.tensor(ids)) for ids in (before, [*after, *clip.ids])]
+        row = torch.cat([words[0], speech[n, : counts[n]], words[1]])[None]
+        logits = nano.llm(inputs_embeds=row).logits[0, -1 - len(clip.ids) : -1]
+        log_probs = logits.double().log_softmax(-1)
+        true = log_probs[torch.arange(len(clip.ids)), torch.tensor(clip.ids)]
+        expected -= float(((1 - smoothing) * true + smoothing * log_probs.mean(-1)).sum())
+    assert found == pytest.approx(expected, rel=1e-4)
+    tuner.training = False  # validation is not smoothed
+    plain = float(tuner(batch.feats, batch)["ce"])
+    assert (plain == pytest.approx(found)) is (smoothing == 0)
+
+
+def test_frozen_parts_stay_in_eval_mode_and_are_not_saved(prepared):
+    tuner, nano = ft.Finetune(prepared["parts"], prepared["cfg"]).train(), prepared["parts"].nano
+    assert nano.audio_encoder.training and nano.ctc.training
+    for part in (nano.llm, nano.audio_adaptor, tuner.original):
+        assert not any(module.training for module in part.modules())
+    names = {name.split(".")[0] for name in ft.trained_state(prepared["parts"])}
+    assert names == {"audio_encoder", "ctc_decoder", "ctc"}
+    tuner = ft.Finetune(prepared["parts"], changed(prepared["cfg"], "detach_ctc_decoder=true"))
+    loss, first = tuner(prepared["batch"].feats, prepared["batch"])["ctc"], nano.blocks()[0]
+    found = torch.autograd.grad(loss, [first.norm1.weight, nano.ctc.ctc_lo.bias], allow_unused=True)
+    assert found[0] is None and bool(found[1].any())
+
+
+def test_rates_are_warmuplrs_and_fall_with_the_depth(prepared):
+    cfg, nano = config("output_dir=x"), prepared["parts"].nano
+    cfg = changed(
+        cfg,
+        """optim_conf.lr=1e-4 scheduler_conf.warmup_steps=10
+        optim_conf.layer_decay=0.5 optim_conf.ctc_lr=1e-3 optim_conf.weight_decay=0.01""",
+    )
+    for n in range(1, 40):
+        expected = 1e-4 * 10**0.5 * min(n**-0.5, n * 10**-1.5)
+        assert ft.learning_rate(n - 1, cfg) == pytest.approx(expected)
+    groups = ft.make_optimizer(nano, cfg.optim_conf).param_groups
+    found = {
+        p: (group["scale"], group["weight_decay"]) for group in groups for p in group["params"]
+    }
+    blocks = nano.blocks()
+    assert found[blocks[-1].norm1.weight] == found[nano.audio_encoder.tp_norm.bias] == (1.0, 0.0)
+    assert found[blocks[0].feed_forward.w_1.weight] == (0.5 ** (len(blocks) - 1), 0.01)
+    assert found[nano.ctc.ctc_lo.weight] == (pytest.approx(10.0), 0.01)
+
+
+def test_a_step_waits_for_the_gpu_at_most_once(prepared, monkeypatch):
+    monkeypatch.setattr(model, "ctc_loss", lambda scores, *_: (scores.sum(), 0))  # torch's waits
+    tuner, window = ft.Finetune(prepared["parts"], prepared["cfg"]).train(), ft.Counter()
+    optimizer = torch.optim.SGD(tuner.nano.audio_encoder.parameters(), 1e-9)
+    run = ft.SimpleNamespace(device=CPU, amp=torch.autocast("cpu", enabled=False), world=1)
+    OnGpu.waits.clear()
+    with Gpu():
+        ft.train_step(tuner, tuner, optimizer, [prepared["batch"]], run, window)
+    assert isinstance(window["ce"], OnGpu) and len(OnGpu.waits) <= 1, OnGpu.waits
+
+
+# ---- runs -------------------------------------------------------------------
+
+
+def test_a_run_ends_with_a_table_and_the_better_of_best_and_average(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(ft, "plot_curves", REAL_CURVES)
+    extra = "llm=Qwen3-0.6b optim_conf.lr=2e-3 train_conf.validate_interval=2"
+    run = train(world, tmp_path, extra, *world["clean"])
+    table, found = (run / "table.md").read_text(), results(run)
+    for name in ("telephone", "simulated", "clean"):
+        for kind in ("LLM", "CTC"):
+            assert re.search(rf"\| {name} dev \| {kind} \| [\d.]+ % \| [\d.]+ % \|", table)
+    assert found["before"].keys() == found["after"].keys() and found["steps"] == 8
+    keys = ("telephone_llm_er", "telephone_ce")
+    ranks = {name: [found[name][key] for key in keys] for name in ("best", "average")}
+    assert ranks[found["chosen"]] == min(ranks.values())
+    kept = [step for _, step in last(run)["kept"]]
+    assert sorted(run.glob("step-*")) == sorted(ft.step_file(run, step) for step in kept)
+    states = [model.read_weights(ft.step_file(run, step)) for step in kept[:3]]
+    average, trained = weights(run, "avg"), weights(run)
+    for name, value in average.items():
+        torch.testing.assert_close(value, sum(state[name] for state in states) / 3)
+    chosen = average if found["chosen"] == "average" else states[0]
+    assert model.hash_tensors(chosen) == model.hash_tensors(trained)
+    assert {name.split(".")[0] for name in trained} == {"audio_encoder"}
+    assert len((run / "worst.txt").read_text().splitlines()) == 11
+    assert (run / "curves.png").stat().st_size > 5000
+
+
+def kill(at, *arguments):
+    """Train, and die in optimizer step `at`."""
+    real, steps = ft.train_step, []
+
+    def train_step(*args):
+        steps.append(1)
+        if len(steps) == at:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ft, "train_step", train_step)
+        train(*arguments)
+
+
+@pytest.mark.parametrize("extra", [
+    "llm=Qwen3-0.6b llm_conf.use_lora=true llm_conf.lora_conf.lora_dropout=0.3",
+    "distill_weight=0.5 train_conf.accum_grad=2 optim_conf.layer_decay=0.9",
+], ids=["lora", "distill"])  # fmt: skip
+def test_resume_is_bitwise_exact(world, tmp_path, extra):
+    extra += " train_conf.max_steps=6 train_conf.validate_interval=3 telephone_conf.prob=0.5"
+    extra += " train_conf.save_checkpoint_interval=2"
+    more = extra, f"telephone_conf.data_set_list={world['wide']}"
+    whole = train(world, tmp_path / "whole", *more)
+    kill(6, world, tmp_path / "cut", *more)
+    assert 2 <= last(tmp_path / "cut")["step"] < 6
+    cut = train(world, tmp_path / "cut", *more)
+    ends = last(whole), last(cut)
+    assert ends[0]["step"] == ends[1]["step"] == 6 and ends[0]["kept"] == ends[1]["kept"]
+    for one, two in ([end["trained"] for end in ends], (weights(whole), weights(cut))):
+        assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    assert any("lora_A" in name for name in one) is ("use_lora" in extra)
+
+
+def test_a_resumed_run_takes_new_settings_but_no_other_base_or_clips(world, tmp_path, monkeypatch):
+    extra = "train_conf.max_steps=4 train_conf.save_checkpoint_interval=1"
+    kill(3, world, tmp_path / "r", f"{extra} optim_conf.weight_decay=0.5")
+    real, decays = ft.train_step, []
+
+    def watched(wrapped, tuner, optimizer, *args):
+        decays.append(max(group["weight_decay"] for group in optimizer.param_groups))
+        return real(wrapped, tuner, optimizer, *args)
+
+    monkeypatch.setattr(ft, "train_step", watched)
+    train(world, tmp_path / "r", f"{extra} optim_conf.weight_decay=0.25")
+    assert decays == [0.25, 0.25]
+    other = make_twins.official_folder(tmp_path / "other", seed=1)
+    for change, message in {
+        f"init_param={other}": "another base: weights was",
+        f"valid_data_set_list={world['calls']}": "another valid: clips was",
+        "train_conf.resume=false": "holds a run; give another folder",
+    }.items():
+        with pytest.raises(model.UserError, match=message):
+            train(world, tmp_path / "r", extra, change)
+
+
+def test_a_run_that_stopped_early_does_not_train_on(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ft, "rank_of", lambda scores, tuner: [1.0, 0.0])
+    extra = "train_conf.validate_interval=1 train_conf.early_stopping_patience=2"
+    extra += " train_conf.max_epoch=30"
+    first = results(train(world, tmp_path, extra))
+    assert first["steps"] == 3
+    monkeypatch.setattr(ft, "train_step", None)
+    (tmp_path / "results.json").unlink()  # killed before its end: that alone is made again
+    assert results(train(world, tmp_path, extra)) == first
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.pt")}
+    capsys.readouterr()
+    train(world, tmp_path, extra)
+    said = capsys.readouterr().out
+    assert "this run is finished at step 3, no better for 2 validations" in said
+    assert before == {path: path.read_bytes() for path in tmp_path.glob("*.pt")}
+
+
+def test_two_processes_give_the_weights_of_one_with_twice_the_batch(world, tmp_path):
+    eight = world["calls"].with_name("eight.jsonl")
+    model.save(eight, rows_of(eight.parent, world["calls"].name)[:8])
+    extra = """train_conf.max_steps=3 dataset_conf.batch_type=example device=cpu
+        audio_encoder_conf.dropout_rate=0 audio_encoder_conf.attention_dropout_rate=0
+        ctc_decoder_conf.freeze=false llm=Qwen3-0.6b train_conf.accum_grad=2
+        train_conf.grad_clip=0"""
+    extra = [*extra.split(), f"train_data_set_list={eight}"]
+    one = train(world, tmp_path / "one", "dataset_conf.batch_size=4", *extra)
+    two = tmp_path / "two"
+    extra = [*world["stage1"], *extra, "dataset_conf.batch_size=2", f"output_dir={two}"]
+    run_processes(ft.main, config(*extra))
+    for name, value in weights(one).items():
+        torch.testing.assert_close(value, weights(two)[name], atol=2e-5, rtol=1e-3, msg=name)
+    norms = [[row["grad_norm"] for row in rows_of(run) if "lr" in row] for run in (one, two)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)  # a sum, not a mean over processes
+    worst = [(run / "worst.txt").read_text().splitlines() for run in (one, two)]
+    assert len(worst[0]) == len(worst[1]) == 3  # they have shared the clips
+    one, two = results(one), results(two)
+    assert one["before"] == pytest.approx(two["before"], rel=1e-4)
+    assert one["after"] == pytest.approx(two["after"], rel=1e-2)
+
+
+def test_distillation_needs_no_transcripts_and_stage_1_learns(world, tmp_path):
+    untold = world["wide"].with_name("untold.jsonl")
+    model.save(untold, [row | {"target": ""} for row in rows_of(untold.parent, "manifest.jsonl")])
+    extra = """train_data_set_list= distill_weight=1 ctc_weight=0 specaug= optim_conf.lr=1e-3
+        train_conf.max_steps=12 telephone_conf.noise_prob=0 telephone_conf.packet_loss_prob=0
+        valid_data_set_list="""
+    lists = [f"telephone_conf.data_set_list={','.join([str(untold)] * 9)}"]  # epochs of 9 batches
+    lists += [f"clean_valid_data_set_list={world['wide']}"]
+    found = results(train(world, tmp_path / "a", extra, *lists))
+    assert found["after"]["simulated_distill"] < 0.9 * found["before"]["simulated_distill"]
+    extra = """train_conf.max_steps=50 specaug= optim_conf.lr=1e-2 ctc_decoder_conf.freeze=false
+        audio_encoder_conf.dropout_rate=0 train_conf.grad_clip=0"""
+    dev = ",".join([str(world["dev"])] * 40)
+    run = train(world, tmp_path / "b", extra, f"train_data_set_list={dev}")
+    losses = [row["ctc"] for row in rows_of(run) if "ctc" in row]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def infer_on(folder, out, *arguments):
+    """Lines of infer.py's .jsonl."""
+    words = [f"model.dir={folder}", "workers=0", f"out={out}/out.jsonl", *map(str, arguments)]
+    infer.main(model.load_config(infer.split_arguments(words), infer.DEFAULTS))
+    return rows_of(out, "out.jsonl")
+
+
+def test_whisper_with_a_head_of_its_own_and_a_run_from_the_first(world, whisper_folder, tmp_path):
+    common = f"""audio_encoder={whisper_folder} init_param=null dataset_conf.ctc_tokenizer=char
+        ctc_decoder_conf.freeze=false train_conf.max_steps=3 optim_conf.ctc_lr=1e-3"""
+    head = train(world, tmp_path / "head", f"{common} audio_encoder_conf.freeze=true")
+    assert set(weights(head)) == {"ctc.ctc_lo.weight", "ctc.ctc_lo.bias"}
+    common = common.replace("=null", f"={head}")
+    top = train(world, tmp_path / "top", f"{common} audio_encoder_conf.freeze_layer_num=1")
+    names = weights(top).keys()
+    assert any(name.startswith("audio_encoder.net.layers.1") for name in names)
+    below = ("audio_encoder.net.layers.0", "audio_encoder.net.conv1")
+    assert not any(name.startswith(below) for name in names)
+    scores = [results(top)["before"], results(head)["after"]]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+    body = train(world, tmp_path / "body", f"{common} ctc_decoder_conf.freeze=true")
+    kept = weights(body)  # the head is frozen, but not the base's
+    assert all(torch.equal(value, kept[name]) for name, value in weights(head).items())
+    (out,) = infer_on(top, tmp_path, world["folder"] / "wide" / "utt001.wav")
+    assert out["text"] == out["ctc_text"] and set(out["text"]) <= set("abcdefghijklmnopqrstuvwxyz ")
+    other = make_twins.whisper_folder(tmp_path / "other", seed=1)
+    with pytest.raises(model.UserError, match="is not what .*top was trained on, its hash is"):
+        infer_on(top, tmp_path, world["calls"], f"encoder.name={other}")
+
+
+# ---- merge, and infer.py ----------------------------------------------------
+
+
+def test_merge_folds_lora_and_infer_hears_the_same_in_both(world, official_folder, tmp_path):
+    released, merged = official_folder / "model.pt", tmp_path / "m"
+    extra = "llm=Qwen3-0.6b llm_conf.use_lora=true optim_conf.lr=1e-2 train_conf.max_steps=3"
+    run = train(world, tmp_path / "r", f"{extra} frontend_conf.fs=16000")
+    ft.merge(run, released, merged)
+    base, new, trained = weights(official_folder, "model"), weights(merged, "model"), weights(run)
+    assert base.keys() == new.keys() and not any("lora" in name for name in new)
+    differ = {name for name in base if not torch.equal(base[name].float(), new[name].float())}
+    assert {name.split(".")[0] for name in differ} == {"audio_encoder", "llm"}
+    assert all(torch.equal(new[name], trained[name]) for name in trained if "lora" not in name)
+    target = "llm.model.layers.1.self_attn.v_proj"
+    low, high = (trained[f"{target}.lora_{n}.default.weight"].double() for n in "AB")
+    wanted = base[f"{target}.weight"].double() + 32 / 16 * high @ low
+    assert new[f"{target}.weight"].dtype == torch.bfloat16
+    torch.testing.assert_close(new[f"{target}.weight"].double(), wanted, atol=0.01, rtol=0)
+    clip = world["folder"] / "wide" / "utt001.wav"
+    one, two = (infer_on(path, tmp_path, clip, "decode.readout=ctc")[0] for path in (run, merged))
+    assert one["text"] == two["text"] != "" and one["segments"] == two["segments"]
+    (read,) = infer_on(merged, tmp_path, clip, "hotwords=张三,李四", "decode.tokens_per_s=3")
+    assert read["ctc_text"] == one["text"] and "text" in read
+    other = make_twins.official_folder(tmp_path / "other", seed=1) / "model.pt"
+    for arguments, message in (
+        ((run, other, tmp_path / "n"), "was trained on"),
+        ((run, released, merged), "is not empty"),
+        ((merged, released, merged), "no finished run"),
+    ):
+        with pytest.raises(model.UserError, match=message):
+            ft.merge(*arguments)
+    extra = "llm_conf.freeze=false llm=Qwen3-0.6b train_conf.max_steps=1"
+    ft.merge(train(world, tmp_path / "full", extra), released, tmp_path / "new")
+    trained, new = weights(tmp_path / "full"), weights(tmp_path / "new", "model")
+    table = trained["llm.model.embed_tokens.weight"]  # tied: both names are the new ones
+    assert torch.equal(new["llm.model.embed_tokens.weight"], table)
+    assert torch.equal(new["llm.lm_head.weight"], table)
+
+
+def test_infer_gives_word_times_and_finds_a_base_that_was_moved(world, official_folder, tmp_path):
+    run = train(world, tmp_path, "llm=Qwen3-0.6b train_conf.max_steps=1")
+    cfg = model.load_config(["model.dir=x", "hotwords=甲"], infer.DEFAULTS)
+    listener = ft.load_listener(run, cfg, CPU, torch.float32)
+    labels, texts = zip(*listener.spell("one two"), strict=True)
+    clip = infer.Clip({}, torch.zeros(1, 1), 0.0, 1.2, text="".join(texts))
+    clip.log_probs = torch.full((20, listener.blank + 1), -20.0)
+    clip.log_probs[:, listener.blank] = 0.0
+    for place, label in zip(range(3, 20, 2), labels, strict=False):
+        clip.log_probs[place, label], clip.log_probs[place, listener.blank] = 0.0, -20.0
+    infer.align([clip], listener)
+    assert [word["word"] for word in clip.words] == ["one", "two"]
+    assert clip.words[0]["start"] == pytest.approx(3 * 0.06)
+    assert "热词列表：[甲]" in listener.tokenizer.decode(listener.prompt({})[0])
+    model.save(run / "config.json", json.loads((run / "config.json").read_text()) | {"base": "/no"})
+    with pytest.raises(model.UserError, match="/no: no such file"):
+        ft.load_listener(run, cfg, CPU, torch.float32)
+    cfg.encoder.name = str(official_folder / "model.pt")
+    assert ft.load_listener(run, cfg, CPU, torch.float32).llm is not None
+
+
+# ---- bad input --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("extra", "message"), [
+    ("optim_conf.lrr=1", "unknown key 'optim_conf.lrr'; did you mean 'optim_conf.lr'"),
+    ("frontend=Fbank", "frontend: only 'WavFrontend' is implemented, got 'Fbank'"),
+    ("train_conf.use_deepspeed=true", "only False is implemented, got True .*torchrun"),
+    ("specaug=SpecAug", "specaug: expected one of , SpecAugLFR; got 'SpecAug'"),
+    ("telephone_conf.codecs=mp3", "telephone_conf.codecs: mp3 is none of"),
+    ("data_mix=1.5", "data_mix and telephone_conf.packet_loss_rate are shares below 1"),
+    ("ctc_weight=0", "nothing trains: unfreeze a part, or give a loss"),
+    ("detach_ctc_decoder=true ctc_decoder_conf.freeze=false", "no loss reaches audio_encoder"),
+    ("audio_encoder_conf.num_blocks=9", "does not fit.*Missing key.*audio_encoder.encoders.2"),
+    ("init_param=nowhere/model.pt", "nowhere/model.pt: no such file"),
+    ("init_param=null", "FunASRNano: no such folder; give one, or a hub name"),
+    ("train_data_set_list=", "no clips: give train_data_set_list and valid_data_set_list"),
+    ("distill_weight=1", "distill_weight: needs clean speech"),
+    ("audio_encoder_conf.freeze_layer_num=5", "the encoder has 5 blocks"),
+    ("train_conf.validate_interval=-1", "validate_interval: has to be at least 0, got -1"),
+    ("dataset_conf.batch_size=0", "dataset_conf.batch_size: has to be at least 1"),
+    ("llm_conf.use_lora=true llm_conf.freeze=false", "LoRA trains beside a frozen LLM"),
+    ("dataset_conf.batch_size=40", "no clips: give"),
+])  # fmt: skip
+def test_what_cannot_work_is_refused_before_training(world, tmp_path, extra, message):
+    with pytest.raises(model.UserError, match=message):
+        train(world, tmp_path / "refused", extra)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_check_goes_through_all_but_the_training(world, tmp_path, capsys):
+    command, rest = ft.command_line([*map(str, world["stage1"]), "--check"])
+    command(config(*rest, f"output_dir={tmp_path / 'r'}"))
+    said = capsys.readouterr().out
+    for line in ("audio_encoder: 96,352 of 96,352", "ctc (weight 1) trains ['audio_encoder']",
+                 "train: 10 clips", "6 steps of 1 x 1 batches; at most 5 checkpoints"):  # fmt: skip
+        assert line in said, line
+    assert not (tmp_path / "r").exists()
+    for key, why in ft.marked("-").items():
+        assert f"note: {key}=" in said and why in said
+    assert ft.command_line(["merge", "a", "b", "-o", "c"])[1] == ["output_dir=c"]
+
+
+def test_a_base_without_ctc_trains_a_new_branch_or_none(world, tmp_path):
+    folder = make_twins.official_folder(tmp_path / "hf", with_ctc=False)
+    common = f"init_param={folder} train_conf.max_steps=1"
+    with pytest.raises(model.UserError, match="no CTC branch .*and a frozen random one is noise"):
+        train(world, tmp_path / "x", common)
+    run = train(world, tmp_path / "a", f"{common} ctc_decoder_conf.freeze=false")
+    assert "ctc.ctc_lo.weight" in weights(run)
+    assert "telephone_ctc_er" not in results(run)["before"]  # noise
+    cfg = model.load_config(["model.dir=x", "decode.readout=ctc"], infer.DEFAULTS)
+    assert ft.load_listener(run, cfg, CPU, torch.float32).read_ctc is not None
+
+
+def test_unreadable_clips_are_named_limited_by_retry_and_not_scored(world, tmp_path):
+    good = (world["folder"] / "narrow" / "utt001.wav").read_bytes()
+    for name, content in (("0", b""), ("1", b"RIFFnonsense"), ("torn", good[: len(good) // 2])):
+        (tmp_path / f"{name}.wav").write_bytes(content)
+    names = ("0", "1", "torn", "absent")
+    bad = tmp_path / "bad.jsonl"
+    model.save(bad, [{"key": n, "source": f"{n}.wav", "target": "one"} for n in names])
+    mixed = f"train_conf.max_epoch=1 train_data_set_list={world['calls']},{bad}"
+    run = train(world, tmp_path / "torn", f"{mixed} valid_data_set_list={world['dev']},{bad}")
+    dropped = rows_of(run, "dropped.jsonl")
+    assert {row["key"] for row in dropped if row["reason"]} == set(names)
+    assert [row["dropped"] for row in rows_of(run) if "dropped" in row][-1] == 4
+    whole = train(world, tmp_path / "whole", "train_conf.max_epoch=1")
+    assert results(run)["before"] == pytest.approx(results(whole)["before"], rel=1e-5)
+    for retry in (2, 3):  # the third is found by its header, the last while training
+        with pytest.raises(model.UserError, match=f"dataset_conf.retry={retry}; the last is"):
+            train(world, tmp_path / "x", f"{mixed} dataset_conf.retry={retry}")
+
+
+def test_a_gradient_that_is_not_finite_is_never_saved(world, tmp_path, monkeypatch):
+    real, extra = model.ctc_loss, "train_conf.log_interval=0 train_conf.save_checkpoint_interval=1"
+    monkeypatch.setattr(model, "ctc_loss", lambda *a: (real(*a)[0] * float("inf"), 0))
+    with pytest.raises(model.UserError, match="step 1: the gradient is not finite"):
+        train(world, tmp_path, extra)
+    assert not (tmp_path / "last.pt").exists()

@@ -1,0 +1,86 @@
+"""What holds for the whole repository: configurations, --help, README, safety, size."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import model
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in ("model", "report"))
+OF_CONFIG = {
+    "precompute": "precompute", "phase1": "train_phase1", "phase2": "train_phase2",
+    "infer": "infer", "stage1": "finetune_encoder", "telephone": "finetune_encoder",
+    "telephone_8k": "finetune_encoder", "telephone_8k_from_hub": "finetune_encoder",
+    "steermoe": "train_steermoe",
+}  # fmt: skip
+BUDGETS = {  # lines; tests/ and demo/ of all their files
+    "model.py": 1650, "precompute.py": 310, "train_phase1.py": 460, "train_phase2.py": 500,
+    "infer.py": 825, "report.py": 145, "finetune_encoder.py": 1375, "train_steermoe.py": 860,
+    "bench": 605, "demo": 1210, "tests": 5500, "README.md": 286,
+}  # fmt: skip
+
+
+def python_files():
+    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True)
+    return [ROOT / name for name in tracked.stdout.split()] or sorted(ROOT.rglob("[!.]*.py"))
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")) + sorted(
+    ROOT.glob("demo/configs/*.yaml")), ids=lambda path: str(path.relative_to(ROOT)))  # fmt: skip
+def test_every_configuration_is_taken(path):
+    steered = path.parent.name == "steermoe"
+    script = __import__("train_steermoe" if steered else OF_CONFIG[path.stem])
+    spelling = {"aliases": getattr(script, "ALIASES", None), "optional": getattr(script, "OPTIONAL", ())}
+    cfg = model.load_config([str(path)], script.DEFAULTS, **spelling)
+    assert cfg != model.load_config([], re.sub(r"\?\?\?", "x", script.DEFAULTS), **spelling)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_runs_beside_model_alone_and_explains_itself(script, tmp_path):
+    for name in (script, "model"):
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    found = subprocess.run([sys.executable, f"{script}.py", "--help"], cwd=tmp_path,
+                           capture_output=True, text=True)  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    doc = __import__(script)
+    assert doc.__doc__.strip() in found.stdout and doc.DEFAULTS.strip() in found.stdout
+
+
+def test_the_readme_names_only_what_is_there():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`?make ([a-z-]+)", text)) <= targets
+    for path in re.findall(r"(?:configs|docs|demo|bench)/[\w./-]+\.(?:yaml|json|md|py)", text):
+        assert (ROOT / path).is_file(), path
+    commands = re.findall(r"python ((?:demo/|bench/|docs/)?\w+\.py)((?: [^`\n#]*)?)", text)
+    assert len(commands) > 8
+    for script, arguments in commands:
+        assert (ROOT / script).is_file(), script
+        module = __import__(Path(script).stem) if "/" not in script else None
+        known = model.flatten(model.OmegaConf.create(module.DEFAULTS)) if module and hasattr(
+            module, "DEFAULTS") else None  # fmt: skip
+        for key in re.findall(r"(?:^| )([a-z_.0-9]+)=", arguments) if known else ():
+            assert key in known, f"{script} {arguments}: {key}"
+        shlex.split(arguments)
+
+
+def test_nothing_unsafe_is_loaded():
+    for path in python_files():
+        text = path.read_text(encoding="utf-8")
+        if path.name != Path(__file__).name:
+            for word in ("trust_remote_code=True", "weights_only=False", "except: pass"):
+                assert word not in text, path
+
+
+def test_size_is_a_feature():
+    for name, most in BUDGETS.items():
+        path = ROOT / name
+        files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+        lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+        assert lines <= most, f"{name}: {lines} lines, at most {most}"
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1800
