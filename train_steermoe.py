@@ -4,8 +4,7 @@
     python train_steermoe.py configs/steermoe/layer_wise_whisper_qwen7b_libri_test.yaml
     torchrun --nproc_per_node 4 train_steermoe.py CONFIG.yaml [key=value ...]
     python train_steermoe.py CONFIG.yaml resume=true                   # goes on, to the bit
-    deepspeed --num_gpus 4 train_steermoe.py --config CONFIG.yaml \\
-        --deepspeed_config configs/stage2_simple.json
+    deepspeed --num_gpus 4 train_steermoe.py --config CONFIG.yaml --deepspeed_config ZERO.json
 
 Model   after every encoder layer l: h + s_l * softmax(router_l(h)) @ V_l; then pooling and one
         Linear. Only V, router, s and Linear train: 5.2 M for Whisper-large-v3 and Qwen2.5-7B.
@@ -18,24 +17,23 @@ Loss    cross-entropy of the text and its end-of-turn token, summed over the lab
 Input   parquet_dirs, eval_dirs: folders of Parquet files or of save_to_disk, or manifests
 Output  training.output_dir/steermoe.pt, config.json   what trains, as a plain state dict, best on
         eval_dirs, and all else that infer.py needs; last.pt to resume; metrics.jsonl, TensorBoard
-        events, steering.jsonl, plots/*.png; dropped.jsonl, clips left out and why.
-        mode=test: test.jsonl, test.json beside them
-Papers  SteerMoE arXiv:2510.13558, SLAM-ASR arXiv:2402.08846. What differs from SteerMoE's code,
-        and what its guide leaves open: docs/steermoe.md
+        events, steering.jsonl, gates.png; dropped.jsonl, clips left out; test.jsonl, test.json
+Papers  SteerMoE arXiv:2510.13558 (departures: docs/steermoe.md), SLAM-ASR arXiv:2402.08846
 Logged  ce (nats per label token), acc (share of label tokens predicted right, teacher-forced),
         eval_ce, eval_acc, wer, cer and wer_raw, cer_raw (as written), error_rate (WER, CER for
         Chinese; task=qa: 1 - exact_match), capped (answers cut at tokens_per_s), eval_dropped,
         lr_*, grad_norm and grad_norm_steering (means, before clipping), scale (of fp16's loss),
-        positions (of the LLM, per step), audio_s_per_s. steering.jsonl, for each layer: scale, norm
+        positions (of the LLM, per step), audio_s_per_s. steering.jsonl, of each layer: scale, norm
         of each V_e, mean gate of each expert, entropy of the gates (nats), top (share of frames
         whose highest gate is that of the layer's favourite)
 """
 
-import bisect
-import itertools
+import contextlib
+import functools
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -61,14 +59,8 @@ import model
 DEFAULTS = """
 mode: train              # train, or test: score output_dir/steermoe.pt on all of parquet_dirs
 task: asr                # asr, or qa: a clip's question follows the prompt; scored by exact match
-whisper_encoder:
-  model_path: ""         # hub name or folder; this one or conformer_encoder.model_path
-  feature_dim: 0         # this and num_layers are checked against the model; 0: unchecked
-  num_layers: 0
-conformer_encoder:       # Parakeet or SenseVoice
-  model_path: ""
-  feature_dim: 0
-  num_layers: 0
+whisper_encoder: {model_path: "", feature_dim: 0, num_layers: 0}    # or the next; a hub name or
+conformer_encoder: {model_path: "", feature_dim: 0, num_layers: 0}  # folder; 0: unchecked
 llm_decoder:
   model_name: ???
   max_length: 512        # most LLM positions of a training clip: prompt, speech and text
@@ -135,88 +127,71 @@ resume: false
 seed: 0
 device: auto
 """
-SPELLINGS = {  # of the guide, beside ours
-    "fp16": "training.fp16",
-    "steering.steering_learning_rate": "training.steering_learning_rate",
-    "steering.router_learning_rate": "training.router_learning_rate",
-}
-SETTINGS = (  # what decides what the weights mean: the same in training and use
+RATES = "steering_learning_rate", "router_learning_rate"  # the guide has them under steering
+SPELLING = {"optional": ("steering",), "aliases": {"fp16": "training.fp16"}}
+SPELLING["aliases"] |= {f"steering.{name}": f"training.{name}" for name in RATES}
+SETTINGS = (  # what the weights depend on beside their shapes: the same in training and use
     "task", "normalize_text", "textual_prompt", "system_prompt", "adaptor", "stack_frames",
-    "stack_hidden", "max_prompt_tokens", "use_adapter", "pooling_kernel_size", "pooling_type",
-    "pad_to_30s",
+    "stack_hidden", "max_prompt_tokens", "pooling_kernel_size", "pooling_type", "pad_to_30s",
 )  # fmt: skip
 
 
 # ---- data -------------------------------------------------------------------
 
-TEXTS = ("key", "where", "target", "language", "prompt", "hotwords", "question")
 
-
-def list_clips(specs, cfg, tokenizer):
-    """Data sets -> (manifests, with their audio; a table with a row for each of their rows).
-
-    Columns TEXTS, ids, seconds by the header, reason (why it cannot be read, or ""). Made once for
-    each data set and kept in cache_dir: process 0 makes it, the others find it.
+def list_clips(specs, cfg, steermoe):
+    """Data sets -> Clips. Their table is made once for each set, by process 0, and kept: texts,
+    their ids, seconds by the header, reason (why a clip cannot be read, or "").
     """
     import datasets
 
-    kinds = {name: datasets.Value("string") for name in (*TEXTS, "reason")}
+    texts = ("key", "where", "target", "language", "prompt", "hotwords", "question")
+    kinds = {name: datasets.Value("string") for name in (*texts, "reason")}
     kinds |= {"ids": datasets.List(datasets.Value("int32")), "seconds": datasets.Value("float64")}
+    tokenizer, columns = steermoe.tokenizer, ("audio_column", "text_column", "question_column")
     made_of = [cfg.normalize_text, sorted(kinds), tokenizer.backend_tokenizer.to_str()]
     folder = Path(cfg.cache_dir or Path(cfg.training.output_dir).parent / "manifests")
     folder.mkdir(parents=True, exist_ok=True)
 
-    def measure(rows):
-        found = {name: rows.get(name) or [None] * len(rows["where"]) for name in TEXTS}
-        found["target"] = [text or "" for text in rows["target"]]
-        texts = [model.normalize_text(t) if cfg.normalize_text else t for t in found["target"]]
-        found["ids"] = model.text_to_ids(tokenizer, [text.strip() for text in texts])
-        headers = [read_header(source) for source in rows.get("audio", rows.get("source"))]
-        return found | dict(zip(("seconds", "reason"), zip(*headers, strict=True), strict=True))
+    def measure(row):
+        clip = {name: row.get(name) for name in texts} | {"seconds": 0.0, "reason": ""}
+        text = clip["target"] = (row["target"] or "").strip()
+        text = model.normalize_text(text) if cfg.normalize_text else text
+        try:
+            clip["seconds"] = model.audio_seconds(row.get("audio", row.get("source")))
+        except model.AudioError as error:
+            clip["reason"] = f"{row['where']}: {error}"
+        return clip | {"ids": model.text_to_ids(tokenizer, [text])[0]}
 
-    rank, manifests, parts = dist.get_rank() if dist.is_initialized() else 0, [], []
+    rank, manifests, tables = dist.get_rank() if dist.is_initialized() else 0, [], []
     if dist.is_initialized():  # a first look at a corpus takes longer than a step may
         group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
         if rank > 0:
             dist.barrier(group)
     for spec in model.as_list(specs):
-        rows = model.read_manifest(
-            spec, folder, (cfg.audio_column, cfg.text_column, cfg.question_column)
-        )
+        rows = model.read_manifest(spec, folder, [cfg[key] for key in columns])
         mark = model.hash_text([rows._fingerprint, made_of])
-        clips = rows.map(
-            measure, batched=True, batch_size=64, remove_columns=rows.column_names,
-            features=datasets.Features(kinds), new_fingerprint=mark,
-            cache_file_name=str(folder / f"clips-{mark}.arrow"),
+        table = rows.map(
+            measure, remove_columns=rows.column_names, features=datasets.Features(kinds),
+            new_fingerprint=mark, cache_file_name=str(folder / f"clips-{mark}.arrow"),
         )  # fmt: skip
-        if cfg.task == "qa" and (missing := clips.data.column("question").null_count):
+        if cfg.task == "qa" and (missing := table.data.column("question").null_count):
             raise model.UserError(f"{spec}: {missing} clips have no question; task=qa needs them")
         manifests.append(rows)
-        parts.append(clips)
+        tables.append(table)
     if rank == 0 and dist.is_initialized():
         dist.barrier(group)
-    return manifests, datasets.concatenate_datasets(parts)
-
-
-def read_header(source):
-    """(seconds, why it cannot be read) of a path, or of what a data set's audio column holds."""
-    try:
-        return model.audio_seconds(source), ""
-    except model.AudioError as error:
-        return 0.0, str(error)
+    return Clips(manifests, datasets.concatenate_datasets(tables), steermoe.encoder, rank)
 
 
 @dataclass
 class Batch:
     feats: torch.Tensor  # (B, T, F), zeros where padded
     lens: torch.Tensor  # (B,)
-    rows: list  # of the table of clips; ids are empty where the audio cannot be read
-    dropped: dict  # {key: reason} of those
+    rows: list  # of the table of clips; where the audio cannot be read: a reason, and no ids
+    labels: int  # tokens of the texts, each with its end of turn
     epoch: int
     used: int  # groups of the epoch that are then behind us
-
-    def __post_init__(self):  # label tokens: of each text, and its end of turn
-        self.labels = sum(len(row["ids"]) + 1 for row in self.rows if row["ids"])
 
     def pin_memory(self):
         self.feats = self.feats.pin_memory()
@@ -224,58 +199,59 @@ class Batch:
 
 
 class Clips(torch.utils.data.Dataset):
-    """(epoch, number, group of model.length_batches) -> Batch of this process."""
+    """(epoch, number, group of batches) -> Batch of this process; of a single one, it is all's."""
 
-    def __init__(self, manifests, clips, encoder, rank=0):
-        self.manifests, self.clips, self.encoder, self.rank = manifests, clips, encoder, rank
-        self.ends = list(itertools.accumulate(map(len, manifests)))
+    def __init__(self, manifests, table, encoder, rank):
+        self.manifests, self.table, self.encoder, self.rank = manifests, table, encoder, rank
+        self.ends = np.cumsum([len(rows) for rows in manifests])
 
     def __getitem__(self, place):
         epoch, number, group = place
-        rows = [self.clips[n] for n in group[self.rank]]
-        feats, dropped, rate = [], {}, self.encoder.sample_rate
-        for n, row in zip(group[self.rank], rows, strict=True):
-            part = bisect.bisect(self.ends, n)
-            source = self.manifests[part][n - self.ends[part]]  # counted from its end
+        rows = [self.table[n] | {"number": n} for n in group[self.rank % len(group)]]
+        feats, rate = [], self.encoder.sample_rate
+        for row in rows:
+            part = int(np.searchsorted(self.ends, row["number"], side="right"))
+            source = self.manifests[part][int(row["number"] - self.ends[part])]  # from its end
             try:
                 wave = model.load_audio(source.get("audio", source.get("source")), rate)
                 feats.append(self.encoder.features(wave, row["key"]))
             except model.AudioError as error:  # silence: every process has a batch in each step
                 feats.append(self.encoder.features(torch.zeros(rate)))
-                row["ids"], dropped[row["key"]] = [], f"{row['where']}: {error}"
-        lens = torch.tensor([len(x) for x in feats])
-        feats = pad_sequence(feats, batch_first=True)
-        return Batch(feats, lens, rows, dropped, epoch, number + 1)
+                row |= {"ids": [], "reason": f"{row['where']}: {error}"}
+        lens, feats = torch.tensor([len(x) for x in feats]), pad_sequence(feats, batch_first=True)
+        labels = sum(len(row["ids"]) + 1 for row in rows if row["ids"])
+        return Batch(feats, lens, rows, labels, epoch, number + 1)
+
+    def load(self, places, cfg, device):
+        rest = {"num_workers": cfg.workers, "pin_memory": device.type == "cuda"}
+        return torch.utils.data.DataLoader(self, batch_size=None, sampler=places, **rest)
 
 
-def select_clips(pipeline, clips, cfg):
-    """Which clips are trained on.
-
-    Output  their numbers, their LLM positions; {key: reason} of those that are over a limit, and of
-            those that cannot be read.
+def select_clips(steermoe, clips, cfg):
+    """Numbers of the clips that are trained on, and their LLM positions; rows of those that are
+    over a limit, and of those that cannot be read, with the reason.
     """
-    rows, encoder = clips.to_list(), pipeline.encoder
+    rows, encoder = clips.table.to_list(), steermoe.encoder
     samples = [round(row["seconds"] * encoder.sample_rate) for row in rows]
-    speech = pipeline.trained.out_lens(np.array([encoder.num_frames(n) for n in samples]))
+    speech = steermoe.out_lens(np.array([encoder.num_frames(n) for n in samples]))
     speech = np.minimum(speech, cfg.max_prompt_tokens).tolist()
-    limits = "max_audio_length", "max_text_length", "llm_decoder.max_length"
-    limits = {key: OmegaConf.select(cfg, key) for key in limits}
-    kept, positions, filtered, dropped = [], [], {}, {}
+    limits = {key: cfg[key] for key in ("max_audio_length", "max_text_length")}
+    limits["llm_decoder.max_length"] = cfg.llm_decoder.max_length
+    kept, positions, filtered, dropped = [], [], [], []
     for n, row in enumerate(rows):
-        texts, count = (*pipeline.prompt(row), row["ids"]), len(row["ids"])
-        size = speech[n] + sum(map(len, texts)) + 1
-        found = zip(limits, (row["seconds"], count, size), strict=True)
-        over = [f"{value:g} is over {key}" for key, value in found if value > limits[key]]
+        count = len(row["ids"])
+        size = speech[n] + sum(map(len, steermoe.prompt(row))) + count + 1
+        sizes = zip(limits, (row["seconds"], count, size), strict=True)
+        over = [f"{found:g} is over {key}" for key, found in sizes if found > limits[key]]
         if row["reason"]:
-            dropped[row["key"]] = f"{row['where']}: {row['reason']}"
+            dropped.append(row)
         elif not count or over and cfg.filter_dataset:
-            filtered[row["key"]] = over[0] if over else "empty text"
+            filtered.append({"key": row["key"], "reason": over[0] if over else "empty text"})
         else:
             kept.append(n)
             positions.append(size)
     if not kept:
-        last = [*filtered.values(), *dropped.values()][-1]
-        raise model.UserError(f"parquet_dirs: no clip is left to train on; the last: {last}")
+        raise model.UserError(f"no clip is left to train on: {(filtered + dropped)[-1]['reason']}")
     return np.array(kept), np.array(positions), filtered, dropped
 
 
@@ -311,6 +287,20 @@ class Steering(nn.Module):
         return h + (self.scales[layer] * update).to(h.dtype)
 
 
+def gate_usage(steering, lens):
+    """What the router did with the batch that `steering.seen` holds: a dict a layer."""
+    gates = torch.stack(steering.seen).double().cpu()  # (L, B, T, E)
+    lens = lens + gates.shape[2] - lens.max()  # SenseVoice's query frames stand in front
+    gates = gates[:, model.length_mask(lens, gates.shape[2])]  # (L, real frames, E)
+    columns = {
+        "scale": steering.scales, "norms": steering.vectors.norm(dim=-1), "gates": gates.mean(1),
+        "entropy": -torch.xlogy(gates, gates).sum(-1).mean(1),
+        "top": F.one_hot(gates.argmax(-1), gates.shape[-1]).double().mean(1).amax(-1),
+    }  # fmt: skip
+    columns = {k: x.detach().double().cpu().round(decimals=6).tolist() for k, x in columns.items()}
+    return [{"layer": n} | {k: x[n] for k, x in columns.items()} for n in range(len(gates))]
+
+
 def pool_frames(x, lens, kernel, kind):
     """Average or maximum ("avg", "max") of each `kernel` neighbouring frames, real ones only.
 
@@ -327,76 +317,74 @@ def pool_frames(x, lens, kernel, kind):
     return pooled.to(x.dtype), -(-lens // kernel)
 
 
-class SteerMoE(nn.Module):
-    """All that trains: steering, hooked into the encoder, and the bridge from frames to the LLM.
+def make_bridge(width, table, settings):
+    """From frames `width` wide to the LLM's, whose embedding table is (V, D); it starts as loud."""
+    rms, wide = model.embedding_rms(table), table.shape[1]
+    if settings.adaptor == "stack":
+        sizes = settings.stack_hidden, 0, 1, 0.0, settings.stack_frames, False
+        return model.AudioAdaptor(width, wide, *sizes, rms)
+    if not settings.use_adapter and width == wide:
+        return nn.Identity()
+    if not settings.use_adapter:
+        raise model.UserError(f"use_adapter=false: the encoder has {width}, the LLM {wide}")
+    bridge = nn.Linear(width, wide)
+    bridge.weight.data.mul_(3**0.5 * rms)  # for frames of unit variance
+    bridge.bias.data.mul_(rms)
+    return bridge
 
-    Input   enc (B, T, D), lens (B,) of the encoder that it was made with.
-    Output  emb (B, S, H), lens (B,), S <= max_prompt_tokens.
+
+# ---- model, loss and step ---------------------------------------------------
+
+
+class SteerMoE(nn.Module):
+    """Frozen encoder with its steering, pooling, bridge, and frozen LLM: one forward pass for DDP.
+
+    `trained` holds what trains: bridge and, unless settings.steering is None, steering.
     """
 
-    def __init__(self, encoder, llm_width, settings, embedding_rms=1.0):
-        super().__init__()
-        self.settings, width = settings, encoder.width
-        self.stack = settings.stack_frames if settings.adaptor == "stack" else 1
-        if settings.adaptor == "stack":
-            sizes = settings.stack_hidden, 0, 1, 0.0, self.stack
-            rest = {"embedding_rms": embedding_rms}
-            self.bridge = model.AudioAdaptor(width, llm_width, *sizes, **rest)
-        elif settings.use_adapter:
-            self.bridge = nn.Linear(width, llm_width)
-            # frames of about unit variance then start as loud as the LLM's embeddings
-            self.bridge.weight.data.mul_(3**0.5 * embedding_rms)
-            self.bridge.bias.data.mul_(embedding_rms)
-        elif width == llm_width:
-            self.bridge = nn.Identity()
-        else:
-            widths = f"the encoder is {width} wide, the LLM {llm_width}"
-            raise model.UserError(f"use_adapter=false: {widths}")
-        self.steering, own = None, settings.steering
-        if own is not None:  # behind the bridge, which so starts alike without steering
-            sizes = len(encoder.layers), own.num_experts, width
-            self.steering = Steering(*sizes, own.steering_scale, own.use_layer_scales)
-            for number, layer in enumerate(encoder.layers):  # by hooks: the encoder stays as it is
-                layer.register_forward_hook(lambda _, args, h, n=number: self.steering(n, h))
-
-    def out_lens(self, lens):
-        """Encoder frames -> LLM positions, before the cut to max_prompt_tokens."""
-        return -(-lens // self.settings.pooling_kernel_size + self.stack - 1) // self.stack
-
-    def forward(self, enc, lens):
-        most, kernel = self.settings.max_prompt_tokens, self.settings.pooling_kernel_size
-        enc, lens = pool_frames(enc, lens, kernel, self.settings.pooling_type)
-        if self.settings.adaptor == "stack":
-            emb, lens = self.bridge(enc, lens)
-        else:
-            emb = self.bridge(enc)  # (B, S, H)
-        return emb[:, :most], lens.clamp(max=most)
-
-
-# ---- model and loss ---------------------------------------------------------
-
-
-class Pipeline(nn.Module):
-    """Encoder, what trains, and LLM in one module, so that DDP wraps one forward pass."""
-
-    def __init__(self, encoder, trained, llm, tokenizer, settings):
+    def __init__(self, encoder, llm, tokenizer, settings):
         super().__init__()
         self.__dict__["encoder"] = encoder  # past nn.Module: frozen, and whole in every process
-        self.trained, self.llm, self.tokenizer = trained, llm, tokenizer
-        self.settings, self.stop_id = settings, model.end_of_turn(tokenizer)
+        self.whole = contextlib.nullcontext  # `with whole()`: nor is `trained` in ZeRO-3's pieces
+        self.llm, self.tokenizer, self.settings = llm, tokenizer, settings
+        self.stop_id, steering = model.end_of_turn(tokenizer), None
         self.identity = {"encoder": encoder.identity, "llm": llm.identity}
-        self.identity["settings"] = OmegaConf.to_container(settings)
+        self.identity["settings"] = {key: settings[key] for key in SETTINGS}
+        self.stack = settings.stack_frames if settings.adaptor == "stack" else 1
+        bridge = make_bridge(encoder.width, llm.get_input_embeddings().weight, settings)
+        self.trained = nn.ModuleDict({"bridge": bridge})
+        if (own := settings.steering) is not None:  # the bridge starts alike without it
+            sizes = len(encoder.layers), own.num_experts, encoder.width
+            steering = Steering(*sizes, own.steering_scale, own.use_layer_scales)
+            self.trained["steering"] = steering
+            for number, layer in enumerate(encoder.layers):  # the encoder itself stays as it is
+                layer.register_forward_hook(lambda _, args, h, n=number: steering(n, h))
+        self.__dict__["steering"] = steering  # a part of `trained`, not a second one
+
+    def out_lens(self, lens):
+        """Encoder frames -> speech positions, before the cut to max_prompt_tokens."""
+        pooled = -(-lens // self.settings.pooling_kernel_size)
+        return -(-pooled // self.stack)
+
+    def hear(self, feats, lens):
+        """feats (B, T, F), lens (B,) -> speech (B, S, D), S <= max_prompt_tokens; lens (B,)."""
+        own = self.settings
+        enc, lens = self.encoder(feats, lens)
+        enc, lens = pool_frames(enc, lens, own.pooling_kernel_size, own.pooling_type)
+        bridge, most = self.trained["bridge"], own.max_prompt_tokens
+        speech, lens = bridge(enc, lens) if own.adaptor == "stack" else (bridge(enc), lens)
+        return speech[:, :most], lens.clamp(max=most)
 
     def prompt(self, row):
         """Token ids before and after the speech of a clip; its own prompt goes before ours."""
         text = row.get("prompt") or self.settings.textual_prompt
-        text += row["question"] if self.settings.task == "qa" else ""
+        text += (row.get("question") or "") if self.settings.task == "qa" else ""
         rest = row.get("language"), row.get("hotwords"), self.settings.system_prompt
         return model.build_prompt(self.tokenizer, text, *rest)
 
     def splice(self, feats, batch, targets=None, pad_left=False):
-        speech = self.trained(*self.encoder(feats, batch.lens))  # (B, S, H), (B,)
         embed, prompts = self.llm.get_input_embeddings(), map(self.prompt, batch.rows)
+        speech = self.hear(feats, batch.lens)
         return model.splice(embed, list(prompts), *speech, targets, pad_left)
 
     def forward(self, feats, batch):
@@ -407,76 +395,61 @@ class Pipeline(nn.Module):
         return {"ce": ce, "right": right, "positions": spliced.labels.numel()}
 
 
-def model_settings(cfg):
-    """The part of a configuration that decides what the weights mean."""
-    settings = {key: cfg[key] for key in SETTINGS} | {"steering": None}
-    if cfg.steering is not None:
-        names = "num_experts", "steering_scale", "use_layer_scales"
-        settings["steering"] = {name: cfg.steering[name] for name in names}
-    return OmegaConf.create(settings)
-
-
 def build(settings, encoder_name, llm_name, dtype, device, llm_device):
-    encoder = model.load_encoder(encoder_name, pad_to_30s=settings.pad_to_30s)
-    encoder = model.freeze(encoder).to(device)
+    encoder = model.freeze(model.load_encoder(encoder_name, pad_to_30s=settings.pad_to_30s))
     llm, tokenizer = model.load_llm(llm_name, dtype, llm_device)
-    table = llm.get_input_embeddings().weight
-    trained = SteerMoE(encoder, table.shape[1], settings, model.embedding_rms(table)).to(device)
-    return Pipeline(encoder, trained, llm, tokenizer, settings)
+    steermoe = SteerMoE(encoder.to(device), llm, tokenizer, settings)
+    steermoe.trained.to(device)
+    return steermoe
 
 
-def load_trained(pipeline, folder):
-    """Weights of a training into a pipeline of the same models and settings."""
+def load_trained(steermoe, folder, config):
+    """Weights of a training into the same models and settings."""
+    model.check_identity(config, steermoe.identity, folder)
+    weights = model.read_weights(folder / "steermoe.pt")
+    model.load_weights(steermoe.trained, weights, folder / "steermoe.pt")
+
+
+def read_config(folder):
     path = folder / "config.json"
-    if not path.is_file():
-        raise model.UserError(f"{folder}: no config.json; it has to be a training's output_dir")
-    found = json.loads(path.read_text(encoding="utf-8"))
-    model.check_identity(found, pipeline.identity, folder)
-    path = folder / "steermoe.pt"
-    model.load_weights(pipeline.trained, model.read_weights(path), path)
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if config.get("format") != model.FORMAT:
+        raise model.UserError(f"{folder}: holds no config.json of a training, or an earlier one's")
+    return config
 
 
 def load_listener(folder, cfg, device, dtype):
     """What infer.py hears with; see infer.load_listener."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("format") != model.FORMAT:
-        raise model.UserError(f"{folder}: made by an earlier layout; train it again")
+    config = read_config(folder)
     names = [cfg[part].name or config[part]["name"] for part in ("encoder", "llm")]
-    pipeline = build(OmegaConf.create(config["settings"]), *names, dtype, device, device)
-    load_trained(pipeline, folder)
-    model.freeze(pipeline.trained)
+    steermoe = build(OmegaConf.create(config["settings"]), *names, dtype, device, device)
+    load_trained(steermoe, folder, config)
     own = {name: cfg[name] for name in ("prompt", "language", "hotwords") if cfg[name]}
 
     def hear(feats, lens):
-        speech, lens = pipeline.trained(*pipeline.encoder(feats, lens))
+        speech, lens = steermoe.hear(feats, lens)
         return model.Heard(speech, lens, lens), None
 
     return SimpleNamespace(
-        encoder=pipeline.encoder, hear=hear, prompt=lambda row: pipeline.prompt(row | own),
-        llm=pipeline.llm, tokenizer=pipeline.tokenizer, stop_id=pipeline.stop_id,
-        ctc=None, read_ctc=None, spell=None, blank=None, position_s=None,
-        about=f"SteerMoE {folder}, encoder {names[0]}, LLM {names[1]}",
+        encoder=steermoe.encoder, hear=hear, prompt=lambda row: steermoe.prompt(row | own),
+        llm=steermoe.llm, tokenizer=steermoe.tokenizer, stop_id=steermoe.stop_id, ctc=None,
+        read_ctc=None, about=f"SteerMoE {folder}, encoder {names[0]}, LLM {names[1]}",
     )  # fmt: skip
 
 
-# ---- optimizer --------------------------------------------------------------
-
-
-def parameter_groups(trained, training):
-    """A group for each learning rate, with weight decay (on matrices) or without.
-
-    Scales train at the router's rate: at 1e-2 Adam would move 0.1 by 10 % a step.
-    """
-    peaks = {"steering": training.steering_learning_rate, "router": training.router_learning_rate}
-    peaks["projection"], groups = training.learning_rate, {}
+def parameter_groups(trained, rates):
+    """A group for each learning rate, with weight decay (of matrices) or without."""
+    peaks = {"steering": rates.steering_learning_rate, "projection": rates.learning_rate}
+    peaks["router"] = rates.router_learning_rate  # of scales too: at V's they move 10 % a step
+    groups = {}
     for name, parameter in trained.named_parameters():
-        kind = "projection" if name.startswith("bridge.") else "router"
+        kind = "router" if name.startswith("steering.") else "projection"
         kind = "steering" if name == "steering.vectors" else kind
-        decay = name == "steering.router" or kind == "projection" and parameter.ndim > 1
+        decays = name == "steering.router" or kind == "projection" and parameter.ndim > 1
         group = {"kind": kind, "peak": peaks[kind], "params": []}
-        group["weight_decay"] = training.weight_decay if decay else 0.0
+        group["weight_decay"] = rates.weight_decay if decays else 0.0
         if parameter.requires_grad:
-            groups.setdefault((kind, decay), group)["params"].append(parameter)
+            groups.setdefault((kind, decays), group)["params"].append(parameter)
     if not groups:
         raise model.UserError("nothing trains: give steering, or use_adapter=true")
     return list(groups.values())
@@ -490,7 +463,7 @@ def learning_rate(step, total, warmup_steps):
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
-def take_step(loss, trained, optimizer, scaler, engine, cfg):
+def take_step(loss, steermoe, optimizer, scaler, engine, cfg):
     """Backward pass, clipping of steering, then of all, step. Output: norms before clipping."""
     if engine:
         engine.backward(loss)
@@ -498,148 +471,78 @@ def take_step(loss, trained, optimizer, scaler, engine, cfg):
         return {"grad_norm": engine.get_global_grad_norm() or 0.0}
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)  # the norm of real gradients is clipped, not of scaled ones
-    norms = {}
-    if trained.steering is not None:
+    norms, clip = {}, nn.utils.clip_grad_norm_
+    if steering := steermoe.steering:
         clips = cfg.clip_steering_gradients and cfg.steering.use_gradient_clipping
-        limit = cfg.steering.steering_gradient_clip if clips else 0.0
-        norm = nn.utils.clip_grad_norm_(trained.steering.parameters(), limit or math.inf)
-        norms["grad_norm_steering"] = norm
+        limit = clips and cfg.steering.steering_gradient_clip or math.inf
+        norms["grad_norm_steering"] = clip(steering.parameters(), limit)
     limit = cfg.training.gradient_clipping or math.inf
-    norms["grad_norm"] = nn.utils.clip_grad_norm_(trained.parameters(), limit)
-    scaler.step(optimizer)  # fp16: a step that overflows is left out
+    norms["grad_norm"] = clip(steermoe.trained.parameters(), limit)
+    scaler.step(optimizer)  # fp16: a step that overflows is left out, and has no finite norm
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return {name: norm.nan_to_num(0.0, 0.0) if scaler.is_enabled() else norm for name, norm in norms.items()}
-
-
-def recompute(layer):
-    """Compute a frozen layer again in the backward pass; transformers' own way is off in eval."""
-    forward, how = layer.forward, {"use_reentrant": False, "preserve_rng_state": False}
-
-    def run(*args, **kwargs):
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, **how, **kwargs)
-
-    layer.forward = run
-
-
-# ---- what the experts do ----------------------------------------------------
-
-
-def gate_usage(steering, lens):
-    """What the router did with the batch that `steering.seen` holds: a dict a layer."""
-    gates = torch.stack(steering.seen).double().cpu()  # (L, B, T, E)
-    lens = lens + gates.shape[2] - lens.max()  # SenseVoice's query frames stand in front
-    gates = gates[:, model.length_mask(lens, gates.shape[2])]  # (L, real frames, E)
-    favourite = F.one_hot(gates.argmax(-1), gates.shape[-1]).double().mean(1).amax(-1)
-    columns = {
-        "scale": steering.scales, "norms": steering.vectors.norm(dim=-1), "gates": gates.mean(1),
-        "entropy": -torch.xlogy(gates, gates).sum(-1).mean(1), "top": favourite,
-    }  # fmt: skip
-    columns = {k: x.detach().double().cpu().round(decimals=6).tolist() for k, x in columns.items()}
-    return [{"layer": n} | {k: x[n] for k, x in columns.items()} for n in range(len(gates))]
-
-
-@torch.no_grad()
-def plot_gates(pipeline, data, folder, device, amp):
-    """plots/experts.png: mean gates of each layer; gates_N.png: gates of three clips over time."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    steering, encoder = pipeline.trained.steering, pipeline.encoder
-    batch = data[0, 0, [list(range(min(32, len(data.clips))))]]
-    steering.seen, lens = [], encoder.out_lens(batch.lens)
-    with amp:
-        encoder(batch.feats.to(device), batch.lens)
-    seen, layers = torch.stack(steering.seen).float().cpu(), gate_usage(steering, lens)
-    steering.seen = None
-    (folder / "plots").mkdir(exist_ok=True)
-    figure, axis = plt.subplots(layout="constrained")
-    picture = axis.imshow([layer["gates"] for layer in layers], aspect="auto")
-    axis.set(xlabel="expert", ylabel="layer", title=f"mean gate over {len(lens)} clips")
-    figure.colorbar(picture)
-    figure.savefig(folder / "plots" / "experts.png")
-    layer = int(seen.std(2).sum((1, 2)).argmax())  # where gates move most
-    for n, row in enumerate(batch.rows[:3]):
-        frames = int(lens[n])
-        figure, axis = plt.subplots(layout="constrained")
-        gates = seen[layer, n, -int(lens.max()) :][:frames]  # behind any query frames
-        axis.plot(np.arange(frames) * encoder.frame_ms / 1000, gates)
-        axis.set(xlabel="seconds", ylabel=f"gates of layer {layer}", title=row["target"][:70])
-        figure.savefig(folder / "plots" / f"gates_{n}.png")
-    plt.close("all")
+    finite = scaler.is_enabled()
+    return {k: norm.nan_to_num(0.0, 0.0) if finite else norm for k, norm in norms.items()}
 
 
 # ---- evaluation -------------------------------------------------------------
 
 
 @torch.no_grad()
-def evaluate(pipeline, data, count, cfg, device, amp, rank, world):
-    """Scores over `count` clips of a data set, spread over it, and a line for each of them.
-
-    A clip that cannot be read counts as an empty answer: no set gets easier by being broken.
+def evaluate(steermoe, data, count, cfg, device, amp, rank, world):
+    """Scores over `count` clips (0: all), spread over a data set, and a line for each of them; one
+    that cannot be read counts as an empty answer, so that no set gets easier by being broken.
     """
-    pipeline.eval()
-    chosen = np.unique(np.linspace(0, len(data.clips) - 1, count).astype(int))
-    order = np.asarray(data.clips["seconds"])[chosen].argsort()[rank::world]  # little padding
-    batches = np.array_split(chosen[order], max(1, -(-len(order) // cfg.eval_batch_size)))
-    batches = [batch.tolist() for batch in batches]
-    loader = torch.utils.data.DataLoader(
-        data, batch_size=None, sampler=[(0, 0, [batch]) for batch in batches if batch],
-        num_workers=cfg.workers, multiprocessing_context="fork" if cfg.workers else None,
-    )  # fmt: skip
-    sums, lines = Counter(), {}
-    for numbers, batch in zip(batches, loader, strict=False):
+    last, seconds = len(data.table) - 1, np.asarray(data.table["seconds"])
+    chosen = np.unique(np.linspace(0, last, count or last + 1).astype(int))
+    order = chosen[seconds[chosen].argsort()][rank::world].tolist()  # little padding
+    size, sums, lines = cfg.eval_batch_size, np.zeros(4), []  # ce, right, labels, capped
+    places = [(0, 0, [order[n : n + size]]) for n in range(0, len(order), size)]
+    for batch in data.load(places, cfg, device):
         feats = batch.feats.to(device)
         with amp:
-            losses = pipeline(feats, batch)
-            spliced = pipeline.splice(feats, batch, pad_left=True)
+            losses = steermoe(feats, batch)
+            spliced = steermoe.splice(feats, batch, pad_left=True)
             caps = [model.token_cap(row["seconds"], cfg.tokens_per_s) for row in batch.rows]
-            answers = model.greedy_decode(pipeline.llm, spliced, pipeline.stop_id, caps)
-        sums.update(ce=float(losses["ce"]), right=int(losses["right"]), labels=batch.labels)
-        sums.update(capped=sum(len(a) >= cap for a, cap in zip(answers, caps, strict=True)))
-        texts = pipeline.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        for n, row, text in zip(numbers, batch.rows, texts, strict=True):
-            lines[n] = {"key": row["key"], "target": row["target"], "text": text.strip()}
-            if reason := batch.dropped.get(row["key"]):
-                lines[n] |= {"text": "", "reason": reason}
+            answers = model.greedy_decode(steermoe.llm, spliced, steermoe.stop_id, caps)
+        capped = sum(len(a) >= cap for a, cap in zip(answers, caps, strict=True))
+        sums += [float(losses["ce"]), float(losses["right"]), batch.labels, capped]
+        texts = steermoe.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        for row, text in zip(batch.rows, texts, strict=True):
+            line = {name: row[name] for name in ("number", "key", "target", "reason")}
+            lines.append(line | {"text": "" if row["reason"] else text.strip()})
     parts = [(sums, lines)] * world
     if world > 1:
         dist.all_gather_object(parts, (sums, lines))
-    pipeline.train()
-    sums = sum((part for part, _ in parts), Counter())
-    lines = [line for _, line in sorted(item for _, part in parts for item in part.items())]
-    labels = max(1, sums["labels"])
-    scores = {"eval_ce": sums["ce"] / labels, "eval_acc": sums["right"] / labels}
-    scores |= {"capped": sums["capped"], "eval_dropped": sum("reason" in line for line in lines)}
+    ce, right, labels, capped = sum(part for part, _ in parts).tolist()
+    lines = sorted((line for _, part in parts for line in part), key=lambda line: line["number"])
+    scores = {"eval_ce": ce / max(1, labels), "eval_acc": right / max(1, labels), "capped": capped}
+    scores["eval_dropped"] = sum(bool(line["reason"]) for line in lines)
     return scores | text_scores(lines, cfg.task), lines
 
 
 def text_scores(lines, task):
     """WER and CER, raw and normalised, and the error rate that chooses the best weights."""
-    targets, answers = ([line[name] for line in lines] for name in ("target", "text"))
-    scores = {"error_rate": model.error_rate(targets, answers)["rate"]}
+    texts = [[line[name] for line in lines] for name in ("target", "text")]
+    scores = {"error_rate": model.error_rate(*texts)["rate"]}
     for name, characters in (("wer", False), ("cer", True)):
         for ending, normalize in (("_raw", str), ("", model.normalize_text)):
-            found = model.error_rate(targets, answers, normalize, characters)
+            found = model.error_rate(*texts, normalize, characters)
             scores[name + ending] = found["rate"]
     if task == "qa":
-        pairs = zip(map(model.normalize_text, targets), map(model.normalize_text, answers), strict=True)
-        scores["exact_match"] = sum(said == heard for said, heard in pairs) / len(lines)
+        texts = [map(model.normalize_text, part) for part in texts]
+        scores["exact_match"] = sum(map(str.__eq__, *texts)) / len(lines)
         scores["error_rate"] = 1 - scores["exact_match"]
     return scores
 
 
-def test(pipeline, cfg, device, amp, rank, world):
+def test(steermoe, cfg, device, amp, rank, world):
     """mode=test: score the trained weights on all of parquet_dirs."""
     folder = Path(cfg.training.output_dir)
-    load_trained(pipeline, folder)
-    data = Clips(*list_clips(cfg.parquet_dirs, cfg, pipeline.tokenizer), pipeline.encoder)
-    scores, lines = evaluate(pipeline, data, len(data.clips), cfg, device, amp, rank, world)
-    summary = {"clips": len(lines), "hours": sum(data.clips["seconds"]) / 3600} | scores
+    load_trained(steermoe, folder, read_config(folder))
+    data = list_clips(cfg.parquet_dirs, cfg, steermoe)
+    scores, lines = evaluate(steermoe, data, 0, cfg, device, amp, rank, world)
+    summary = {"clips": len(lines), "hours": sum(data.table["seconds"]) / 3600} | scores
     if rank == 0:
         model.save(folder / "test.jsonl", lines)
         model.save(folder / "test.json", summary | {"test": model.as_list(cfg.parquet_dirs)})
@@ -647,18 +550,32 @@ def test(pipeline, cfg, device, amp, rank, world):
     return summary
 
 
-# ---- DeepSpeed --------------------------------------------------------------
+@torch.no_grad()
+def plot_gates(steermoe, data, path, device, amp):
+    """Mean gates of each layer over 32 clips, and the gates of the first one over time."""
+    import matplotlib.pyplot as plt
+
+    steering, encoder = steermoe.steering, steermoe.encoder
+    batch = data[0, 0, [list(range(min(32, len(data.table))))]]
+    steering.seen, lens = [], encoder.out_lens(batch.lens)
+    with amp:
+        encoder(batch.feats.to(device), batch.lens)
+    gates = torch.stack(steering.seen)[:, 0, -int(lens.max()) :].float().cpu()  # (L, T, E)
+    means, steering.seen = [row["gates"] for row in gate_usage(steering, lens)], None
+    frames, layer = int(lens[0]), int(gates.std(1).sum(1).argmax())  # where gates move most
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
+    figure.colorbar(left.imshow(means, aspect="auto"))
+    left.set(xlabel="expert", ylabel="layer", title="mean gate")
+    right.plot(np.arange(frames) * encoder.frame_ms / 1000, gates[layer, :frames])
+    right.set(xlabel="s", ylabel=f"gates of layer {layer}", title=batch.rows[0]["target"][:60])
+    figure.savefig(path)
+    plt.close(figure)
 
 
 def launcher_options(arguments):
     """`--deepspeed_config FILE` as a key; `--local_rank` goes: LOCAL_RANK says the same."""
-    found = []
-    for argument in arguments:
-        if found and found[-1] == "--deepspeed_config":
-            found[-1] = f"deepspeed_config={argument}"
-        elif not argument.startswith("--local_rank"):
-            found.append(argument)
-    return [a.removeprefix("--") if a.startswith("--deepspeed_config=") else a for a in found]
+    text = "\n".join(a for a in arguments if not a.startswith("--local_rank"))
+    return re.sub(r"^--deepspeed_config[=\n]", "deepspeed_config=", text, flags=re.M).splitlines()
 
 
 def zero_settings(cfg):
@@ -673,28 +590,19 @@ def zero_settings(cfg):
         raise model.UserError(f"deepspeed_config={cfg.deepspeed_config}: {error}") from error
     if "RANK" not in os.environ:
         raise model.UserError("deepspeed_config: start with `deepspeed --num_gpus N`, or torchrun")
-    settings |= {"train_micro_batch_size_per_gpu": cfg.training.batch_size}
-    settings |= {"gradient_clipping": cfg.training.gradient_clipping}
-    return settings | {"bf16": {"enabled": cfg.training.fp16}, "gradient_accumulation_steps": 1}
+    own = {"train_micro_batch_size_per_gpu": cfg.training.batch_size}
+    own |= {"gradient_accumulation_steps": 1, "gradient_clipping": cfg.training.gradient_clipping}
+    return settings | own | {"bf16": {"enabled": cfg.training.fp16}}
 
 
-def start_deepspeed(pipeline, optimizer, settings):
+def start_deepspeed(steermoe, optimizer, settings):
     import deepspeed
 
-    if settings["zero_optimization"]["stage"] == 3:  # in pieces before it goes to the GPU
-        deepspeed.zero.Init(module=pipeline.llm, config_dict_or_path=settings)
-    return deepspeed.initialize(model=pipeline, optimizer=optimizer, config=settings)[0]
-
-
-def trained_weights(pipeline, engine):
-    """State dict of what trains, fp32; ZeRO-3 has it in pieces, which all processes gather."""
-    if not engine:
-        return pipeline.trained.state_dict()
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(pipeline.trained.parameters())):
-        weights = pipeline.trained.state_dict()
-        return {name: value.detach().float().clone() for name, value in weights.items()}
+    if settings["zero_optimization"]["stage"] == 3:  # in pieces before it goes to a GPU
+        deepspeed.zero.Init(module=steermoe.llm, config_dict_or_path=settings)
+    trained = list(steermoe.trained.parameters())
+    steermoe.whole = functools.partial(deepspeed.zero.GatheredParameters, trained)
+    return deepspeed.initialize(model=steermoe, optimizer=optimizer, config=settings)[0]
 
 
 # ---- the run ----------------------------------------------------------------
@@ -707,12 +615,10 @@ def check(cfg):
         model.one_of(values, cfg, key)
     model.at_least(1, cfg, "training.batch_size", "eval_batch_size", "pooling_kernel_size")
     model.at_least(1, cfg, "max_prompt_tokens", "stack_frames", "early_stopping_patience")
+    model.at_least(1, cfg, *["steering.num_experts"][: cfg.steering is not None])
     model.at_least(0, cfg, "logging_steps", "eval_steps", "save_steps", "steering_log_interval")
     model.at_least(0, cfg, "training.gradient_clipping", "training.warmup_steps", "eval_clips")
     model.at_least(0, cfg, "save_total_limit", "max_dropped", "workers", "max_steps")
-    if cfg.steering is not None:
-        model.at_least(1, cfg, "steering.num_experts")
-        model.at_least(0, cfg, "steering.steering_gradient_clip")
     given = [k for k in ("whisper_encoder", "conformer_encoder") if cfg[k].model_path]
     if len(given) != 1:
         raise model.UserError("give whisper_encoder.model_path or conformer_encoder.model_path")
@@ -722,14 +628,13 @@ def check(cfg):
 
 
 def check_encoder(encoder, cfg, section):
-    """Keys that describe the encoder have to be true of it."""
-    found = {f"{section}.feature_dim": encoder.width, f"{section}.num_layers": len(encoder.layers)}
-    for key, value in (found | {"sample_rate": encoder.sample_rate}).items():
+    """Keys that describe the encoder have to be true of it; 0: unchecked."""
+    layers = len(encoder.layers)  # only behind the last one: none has ever seen pooled frames
+    true = {"sample_rate": encoder.sample_rate, "pooling_position": layers}
+    true |= {f"{section}.feature_dim": encoder.width, f"{section}.num_layers": layers}
+    for key, value in true.items():
         if (given := OmegaConf.select(cfg, key)) not in (0, value):
-            raise model.UserError(f"{key}={given}, but the encoder has {value}")
-    if cfg.pooling_position not in (0, len(encoder.layers)):
-        where = f"pooling_position={cfg.pooling_position}: 0 or {len(encoder.layers)}"
-        raise model.UserError(f"{where}; no frozen layer has ever seen pooled frames")
+            raise model.UserError(f"{key}={given}: has to be {value} for this encoder")
 
 
 def precision(cfg):
@@ -750,66 +655,171 @@ def main(cfg):
     amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     folder, zero = Path(cfg.training.output_dir), zero_settings(cfg)
     torch.manual_seed(cfg.seed)
-    names = cfg[section].model_path, cfg.llm_decoder.model_name
-    # ZeRO-3 shares out an LLM that does not fit a GPU, so it starts on the CPU
-    whole = not zero or zero["zero_optimization"]["stage"] < 3
-    pipeline = build(model_settings(cfg), *names, dtype, device, device if whole else "cpu")
-    encoder, trained = pipeline.encoder, pipeline.trained
+    names, where = (cfg[section].model_path, cfg.llm_decoder.model_name), "cpu" if zero else device
+    steermoe = build(cfg, *names, dtype, device, where)  # ZeRO-3 takes an LLM that no GPU holds
+    encoder, steering = steermoe.encoder, steermoe.steering
     check_encoder(encoder, cfg, section)
     if cfg.mode == "test":
-        return test(pipeline, cfg, device, amp, rank, world)
-    state = model.open_run(folder, cfg, pipeline.identity, cfg.resume, rank, world)
-    manifests, clips = list_clips(cfg.parquet_dirs, cfg, pipeline.tokenizer)
-    kept, positions, filtered, dropped = select_clips(pipeline, clips, cfg)
-    valid = None
-    if cfg.eval_dirs:
-        valid = Clips(*list_clips(cfg.eval_dirs, cfg, pipeline.tokenizer), encoder)
+        return test(steermoe, cfg, device, amp, rank, world)
+    state = model.open_run(folder, cfg, steermoe.identity, cfg.resume, rank, world)
+    train = list_clips(cfg.parquet_dirs, cfg, steermoe)
+    valid = list_clips(cfg.eval_dirs, cfg, steermoe) if cfg.eval_dirs else None
+    kept, positions, filtered, dropped = select_clips(steermoe, train, cfg)
 
-    for layer in (*encoder.layers, *pipeline.llm.model.layers):
-        if cfg.training.gradient_checkpointing:
-            recompute(layer)
-    optimizer = torch.optim.AdamW(parameter_groups(trained, cfg.training), fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step, epoch, used, best, stale, spent = 0, 0, 0, [math.inf, math.inf], 0, 0.0
-    if state:
-        model.load_weights(trained, state["trained"], folder / "last.pt")
-        step, epoch, used, best = (state[name] for name in ("step", "epoch", "used", "best"))
-        stale, spent = state["stale"], state["spent"]
-    engine = start_deepspeed(pipeline, optimizer, zero) if zero else None
-    if state and engine:
-        engine.load_checkpoint(str(folder / "deepspeed"), f"step-{step}", load_module_strict=False)
-    elif state:
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-    wrapped = engine or pipeline
-    if world > 1 and not engine:
-        wrapped = nn.parallel.DistributedDataParallel(pipeline, broadcast_buffers=False)
+    count = sum(p.numel() for p in steermoe.trained.parameters() if p.requires_grad)
+    wrapped, engine, optimizer, scaler = prepare(steermoe, state, zero, cfg, dtype, world)
+    begin = {"step": 0, "epoch": 0, "used": 0, "best": [math.inf, math.inf], "stale": 0}
+    step, epoch, used, best, stale = ((state or begin)[name] for name in begin)
 
     def groups_of(epoch):
         size = cfg.training.batch_size
-        limits = (size * int(positions.max()), world, cfg.seed, epoch, size)
+        limits = size * int(positions.max()), world, cfg.seed, epoch, size
         groups = model.length_batches(positions, *limits)
         return [[kept[batch].tolist() for batch in group] for group in groups]
 
     total = cfg.max_steps or cfg.training.epochs * len(groups_of(0))
-    train = Clips(manifests, clips, encoder, rank)
-    loader = iter(torch.utils.data.DataLoader(
-        train, batch_size=None, sampler=model.endless_groups(groups_of, epoch, used),
-        num_workers=cfg.workers, multiprocessing_context="fork" if cfg.workers else None,
-        pin_memory=device.type == "cuda",
-    ))  # fmt: skip
-    board = cfg.training.logging_dir or folder
-    writer = SummaryWriter(board, purge_step=step + 1) if rank == 0 else None
-    steering, patience = trained.steering, cfg.early_stopping_patience
-    analysed = bool(steering and writer and not engine and cfg.log_steering_analysis)
+    loader = iter(train.load(model.endless_groups(groups_of, epoch, used), cfg, device))
+    writer, known, patience = None, set(), cfg.early_stopping_patience
     if rank == 0:
-        model.save(folder / "dropped.jsonl", drop_rows(filtered | dropped))
-        count = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-        hours = sum(np.asarray(clips["seconds"])[kept]) / 3600
+        writer = SummaryWriter(cfg.training.logging_dir or folder, purge_step=step + 1)
+        model.save(folder / "dropped.jsonl", filtered)
+        note_dropped(folder, dropped, known, cfg.max_dropped)
+        hours = sum(np.asarray(train.table["seconds"])[kept]) / 3600
         print(
             f"train {len(kept)} clips, {hours:.2f} h an epoch, {len(filtered)} over a limit, "
-            f"{len(dropped)} not readable; eval {len(valid.clips) if valid else 0} | {total} steps "
-            f"of {cfg.training.batch_size} clips x {world} | {count:,} trainable | encoder "
-            f"{names[0]}, LLM {names[1]} | {device} {dtype}, torch {torch.__version__}", flush=True,
-        )  # fmt: skip
-    pipeline.train()
+            f"{len(dropped)} not readable | {total} steps of {cfg.training.batch_size} clips x "
+            f"{world} | {count:,} trainable | {device} {dtype}, torch {torch.__version__}"
+        )
+    analysed = bool(steering and writer and not engine and cfg.log_steering_analysis)
+    stopped = bool(cfg.use_early_stopping and valid and stale >= patience)
+    if stopped:
+        print(f"stopped early at step {step}; use_early_stopping=false goes on")
+    since, window = time.time(), Counter()  # sums since the last log
+    bar = tqdm(total=total, initial=step, unit="step", disable=None if rank == 0 else True)
+    while step < total and not stopped:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, total, cfg.training.warmup_steps) * group["peak"]
+        batch = next(loader)
+        watched = analysed and model.due(step + 1, cfg.steering_log_interval, total)
+        if watched:
+            steering.seen = []
+        labels = torch.tensor(float(batch.labels)).to(device, non_blocking=True)
+        if world > 1:
+            dist.all_reduce(labels)  # label tokens of the step, of all processes
+        with amp:
+            sums = wrapped(batch.feats.to(device, non_blocking=True), batch)
+        loss = sums["ce"] / labels.clamp(min=1) * world  # DDP averages; we want the sum
+        norms = take_step(loss, steermoe, optimizer, scaler, engine, cfg)
+        step, epoch, used = step + 1, batch.epoch, batch.used
+        window.update(sums | norms | {"ce": sums["ce"].detach()})
+        window.update(steps=1, labels=batch.labels)
+        window.update(audio_s=sum(row["seconds"] for row in batch.rows))
+        bar.update()
+
+        note_dropped(folder, batch.rows, known, cfg.max_dropped)
+        if watched:
+            layers = gate_usage(steering, encoder.out_lens(batch.lens))
+            with open(folder / "steering.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "layers": layers}) + "\n")
+            steering.seen = None
+        if model.due(step, cfg.logging_steps, total):
+            row = window_row(window, optimizer, scaler, time.time() - since)
+            model.log_metrics(folder, writer, step, row)
+            since, window = time.time(), Counter()
+        if valid and model.due(step, cfg.eval_steps, total):
+            share = (0, 1) if engine else (rank, world)  # ZeRO-3 needs all in each forward pass
+            scores, _ = evaluate(steermoe, valid, cfg.eval_clips, cfg, device, amp, *share)
+            model.log_metrics(folder, writer, step, scores)
+            score = [scores["error_rate"], scores["eval_ce"]]
+            stale = 0 if score < best else stale + 1
+            best, stopped = min(best, score), cfg.use_early_stopping and stale >= patience
+            with steermoe.whole():
+                if not stale and rank == 0:
+                    save_results(folder, steermoe, cfg)
+        if model.due(step, cfg.save_steps, total) or stopped:
+            model.check_gradient(norms["grad_norm"], step)
+            tag = f"step-{step:07d}"
+            if engine:
+                engine.save_checkpoint(f"{folder}/deepspeed", tag, exclude_frozen_parameters=True)
+            with steermoe.whole():
+                if rank > 0:
+                    continue
+                if not valid:
+                    save_results(folder, steermoe, cfg)
+                state = {"format": model.FORMAT, "world": world, "identity": steermoe.identity}
+                state |= {"step": step, "epoch": epoch, "used": used, "best": best, "stale": stale}
+                state |= {"trained": steermoe.trained.state_dict(), "scaler": scaler.state_dict()}
+                state |= {"optimizer": {} if engine else optimizer.state_dict()}
+                model.save(folder / "last.pt", state | {"config": OmegaConf.to_container(cfg)})
+            shutil.copyfile(folder / "last.pt", folder / f"{tag}.pt")
+            copies = sorted(folder.glob("step-*.pt"))
+            for old in copies[: max(0, len(copies) - cfg.save_total_limit)]:
+                old.unlink()
+            for old in set(folder.glob("deepspeed/step-*")) - {folder / "deepspeed" / tag}:
+                shutil.rmtree(old)
+    bar.close()
+    if rank == 0:
+        if analysed:
+            plot_gates(steermoe, valid or train, folder / "gates.png", device, amp)
+        print(f"done: {step} steps -> {folder}")
+
+
+def prepare(steermoe, state, zero, cfg, dtype, world):
+    """What trains: the model under DDP or DeepSpeed, the engine of that, optimizer, scaler."""
+    for layer in (*steermoe.encoder.layers, *steermoe.llm.model.layers):
+        if cfg.training.gradient_checkpointing:  # transformers' own way is off in eval mode
+            again = {"use_reentrant": False, "preserve_rng_state": False}
+            layer.forward = functools.partial(checkpoint, layer.forward, **again)
+    optimizer = torch.optim.AdamW(parameter_groups(steermoe.trained, cfg.training), fused=True)
+    scaler = torch.amp.GradScaler(steermoe.llm.device.type, enabled=dtype == torch.float16)
+    if state:
+        model.load_weights(steermoe.trained, state["trained"], f"{cfg.training.output_dir}/last.pt")
+        scaler.load_state_dict(state["scaler"])
+    if zero:
+        engine = start_deepspeed(steermoe, optimizer, zero)
+        if state:
+            folder, tag = f"{cfg.training.output_dir}/deepspeed", f"step-{state['step']:07d}"
+            engine.load_checkpoint(folder, tag, load_module_strict=False)
+        return engine, engine, optimizer, scaler
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+    if world > 1:
+        steermoe = nn.parallel.DistributedDataParallel(steermoe, broadcast_buffers=False)
+    return steermoe, None, optimizer, scaler
+
+
+def note_dropped(folder, rows, known, most):
+    """Name clips that cannot be read, once, in dropped.jsonl; UserError if they are too many."""
+    for row in rows:
+        if row["reason"] and row["key"] not in known:
+            known.add(row["key"])
+            line = json.dumps({"key": row["key"], "reason": row["reason"]}, ensure_ascii=False)
+            with open(folder / "dropped.jsonl", "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+            if len(known) > most:
+                many = f"more clips than max_dropped={most} cannot be read"
+                raise model.UserError(f"{many}; the last is {row['reason']}")
+
+
+def window_row(window, optimizer, scaler, seconds):
+    """Averages since the last log, of process 0."""
+    labels, steps = max(1, window["labels"]), window["steps"]
+    row = {"ce": float(window["ce"]) / labels, "acc": float(window["right"]) / labels}
+    row |= {f"lr_{group['kind']}": group["lr"] for group in optimizer.param_groups}
+    names = [name for name in window if name.startswith("grad_norm")]
+    row |= {name: float(window[name]) / steps for name in (*names, "positions")}
+    scale = {"scale": scaler.get_scale()} if scaler.is_enabled() else {}
+    return row | scale | {"audio_s_per_s": window["audio_s"] / seconds}
+
+
+def save_results(folder, steermoe, cfg):
+    """steermoe.pt and config.json: what infer.py needs."""
+    settings = OmegaConf.masked_copy(cfg, [*SETTINGS, "use_adapter", "steering"])
+    content = {"format": model.FORMAT, "script": "train_steermoe"} | steermoe.identity
+    model.save(folder / "steermoe.pt", steermoe.trained.state_dict())
+    model.save(folder / "config.json", content | {"settings": OmegaConf.to_container(settings)})
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = launcher_options(sys.argv[1:])
+    model.run_main(main, DEFAULTS, __doc__, "training.batch_size", **SPELLING)
