@@ -1019,7 +1019,9 @@ def evaluate(tuner, data, parts, run, most=sys.maxsize):
         if run.world > 1:
             dist.all_gather_object(shared, (found, sums))
         rows = [row for part, _ in shared for row in part]
-        sums = sum((part for _, part in shared), Counter())
+        sums = Counter()
+        for _, part in shared:
+            sums.update(part)  # a sum of Counters would leave a NaN out
         data.dropped |= {(kind, clip.key): clip for clip, _, _ in rows if clip.reason}
         texts[kind] = [row for row in rows if not row[0].reason]
         for name, column in (("llm_er", 1), ("ctc_er", 2)):

@@ -253,8 +253,8 @@ def validate(phase, rows, cache, cfg, device, amp, rank, world):
     chosen = np.unique(np.linspace(0, len(rows) - 1, cfg.run.valid_clips).astype(int))
     order = chosen[np.argsort(np.asarray(rows["frames"])[chosen])][rank::world]  # little padding
     found = []
-    for batch in np.array_split(order, max(1, -(-len(order) // 64))):
-        batch = Clips(rows, cache, 0, 0)[0, 0, [batch.tolist()]]
+    for first in range(0, len(order), 64):
+        batch = Clips(rows, cache, 0, 0)[0, 0, [order[first : first + 64].tolist()]]
         enc, ids = batch.enc.to(device), batch.rows["ids"]
         with amp:
             emb, lens, audio = phase.pool(enc, batch.lens)

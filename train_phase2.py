@@ -218,8 +218,8 @@ def validate(phase, rows, cache, cfg, device, amp, rank, world):
     order = chosen[np.argsort(np.asarray(rows["frames"])[chosen])][rank::world]  # little padding
     found, sums = [], Counter()
     decode, embed = phase.tokenizer.batch_decode, phase.llm.get_input_embeddings()
-    for batch in np.array_split(order, max(1, -(-len(order) // 16))):
-        batch = Clips(rows, cache, 0, 0)[0, 0, [batch.tolist()]]
+    for first in range(0, len(order), 16):
+        batch = Clips(rows, cache, 0, 0)[0, 0, [order[first : first + 16].tolist()]]
         enc = batch.enc.to(device)
         with amp, torch.compiler.set_stance("force_eager"):  # not compiled anew for its cache
             losses = phase(enc, batch)
@@ -241,7 +241,9 @@ def validate(phase, rows, cache, cfg, device, amp, rank, world):
     if world > 1:
         dist.all_gather_object(parts, (found, sums))
     phase.train()
-    found, sums = [row for part, _ in parts for row in part], sum((s for _, s in parts), Counter())
+    found, sums = [row for part, _ in parts for row in part], Counter()
+    for _, part in parts:
+        sums.update(part)  # a sum of Counters would leave a NaN out
     targets, answers, read = zip(*found, strict=True)
     scores = {"valid_ce": sums["ce"] / sums["labels"], "valid_acc": sums["right"] / sums["labels"]}
     score = model.error_rate(targets, answers)
