@@ -20,7 +20,6 @@ import json
 import math
 import os
 import re
-import socket
 import sys
 import unicodedata
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 FORMAT = 3  # of caches, checkpoints and config.json; others are refused
@@ -93,9 +93,8 @@ def load_config(arguments, defaults, aliases=None, optional=()):
     except OmegaConfBaseException as error:
         raise UserError(f"configuration: {str(error).splitlines()[0]}") from error
     values = flatten(config)
-    missing = [key for key, default in known.items() if default == "???"]
-    missing = [key for key in missing if values.get(key) in ("???", "", [])]
-    if missing:
+    required = [key for key, default in known.items() if default == "???"]
+    if missing := [key for key in required if values.get(key) in ("???", "", [])]:
         raise UserError(f"required key not given: {', '.join(missing)}")
     return OmegaConf.create(config)
 
@@ -119,11 +118,11 @@ class NoDoubleKeys(yaml.BaseLoader):
         return node.value if node.value or node.style else "null"  # of `key:`, but not `key: ""`
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key) for key, _ in node.value]
-        for key, (key_node, _) in zip(keys, node.value, strict=True):
-            if keys.count(key) > 1:
-                mark = key_node.start_mark
-                raise yaml.MarkedYAMLError(problem=f"{key!r} is given twice", problem_mark=mark)
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                twice = f"{key.value!r} is given twice"
+                raise yaml.MarkedYAMLError(problem=twice, problem_mark=key.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -144,13 +143,10 @@ def convert(value, default, where):
     """Bring what the user wrote to its default's type; where that is null or ???, it stays text."""
     if isinstance(default, list):
         kind, items = default[0] if default else "", [] if value in NULL else as_list(value)
-        return [item if isinstance(item, list) else convert(item, kind, where) for item in items]
-    if isinstance(value, list) and isinstance(default, str):  # of paths, or an error further on
-        return value
-    if default is None and value in NULL:
-        return None
-    if isinstance(value, str) and (default is None or isinstance(default, str) or "${" in value):
-        return "" if value in NULL else value
+        return [convert(item, kind, where) for item in items]
+    if default is None or isinstance(default, str) or "${" in value:
+        nothing = None if default is None else ""
+        return nothing if value in NULL else value
     words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
     try:
         return words[value.lower()] if isinstance(default, bool) else type(default)(value)
@@ -202,8 +198,7 @@ def run_main(main, defaults, doc, batch_key="batch_size", **spelling):
 def start(device="auto", dtype="auto", wait=timedelta(minutes=10)):
     """Join torchrun's group, if it started this process.
 
-    Input   device: auto, cpu, cuda or cuda:N; dtype: auto (bf16 on a GPU), fp32, bf16 or fp16;
-            wait: how long a process waits for another one before it gives up.
+    Input   dtype: auto (bf16 on a GPU), fp32, bf16 or fp16; wait: for another process, at most.
     Output  device, dtype of frozen weights and autocast, rank, world size.
     """
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -260,16 +255,15 @@ def save_atomic(path, write):
 
 
 def read_weights(path, mmap=False):
-    """A plain state dict. UserError for all else, such as a torn file or a pickle with code."""
+    """A plain state dict, itself or under "state_dict". UserError for a torn file, or for code."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        weights.keys()
+        return weights.get("state_dict", weights)
     except Exception as error:  # torch and pickle raise many types; the remedy is the same
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
         raise UserError(f"{path}: not a plain state dict, not loaded ({reason})") from error
-    return weights
 
 
 def load_weights(module, weights, where):
@@ -301,31 +295,26 @@ def lock_folder(folder):
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         file = os.open(Path(folder) / "lock", os.O_RDWR | os.O_CREAT)  # stays open: it is the lock
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written to ({error.strerror})") from error
-    try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         owner = os.read(file, 200).decode()
         raise UserError(f"{folder}: {owner} writes to it; wait, or give another one") from error
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to ({error.strerror})") from error
     os.ftruncate(file, 0)
-    os.write(file, f"process {os.getpid()} of {socket.gethostname()}".encode())
+    os.write(file, f"process {os.getpid()} of {os.uname().nodename}".encode())
     for left in Path(folder).glob("*.tmp[0-9]*"):  # of a killed process; this one is alone here
         left.unlink()
 
 
 def check_identity(found, wanted, where):
-    """Settings that decide what weights mean must agree: others give noise, not an error.
-
-    Input   {section: {key: value}}; only what both have counts, and a `name` (a path) may differ.
-    """
+    """UserError where a value in {section: {key: value}} that both have differs; a name may."""
     for section in wanted.keys() & found.keys():
         then, now = found[section], wanted[section]
-        both = then.keys() & now.keys() - {"name"}
-        changed = sorted(key for key in both if then[key] != now[key])
-        said = ", ".join(f"{key} was {then[key]}, is {now[key]}" for key in changed)
-        if changed:
-            raise UserError(f"{where}: was made with another {section}: {said}")
+        for key in sorted(then.keys() & now.keys() - {"name"}):
+            if then[key] != now[key]:
+                change = f"{key} was {then[key]}, is {now[key]}"
+                raise UserError(f"{where}: was made with another {section}: {change}")
 
 
 def open_run(folder, cfg, identity, resume, rank, world):
@@ -334,14 +323,13 @@ def open_run(folder, cfg, identity, resume, rank, world):
     Raises  UserError if the folder is in use, holds a run (without resume), or one with another
             identity or number of processes: the order of its data would change.
     """
-    folder, state = Path(folder), None
-    last = folder / "last.pt"
+    last, metrics = Path(folder) / "last.pt", Path(folder) / "metrics.jsonl"
     if rank == 0:
         lock_folder(folder)
-    if not resume and (last.exists() or (folder / "metrics.jsonl").exists()):
+    if not resume and (last.exists() or metrics.exists()):
         raise UserError(f"{folder}: holds a run; give another folder, or resume it")
-    if last.exists():
-        state = read_weights(last)
+    state = read_weights(last) if last.exists() else None
+    if state is not None:
         if state.get("format") != FORMAT:
             raise UserError(f"{last}: made by an earlier layout; finish that run with its own code")
         check_identity(state["identity"], identity, last)
@@ -352,15 +340,13 @@ def open_run(folder, cfg, identity, resume, rank, world):
         if rank == 0:
             print(f"resuming at step {state['step']}; changed: {', '.join(changed) or 'nothing'}")
     if rank == 0:
-        save(folder / "config.yaml", OmegaConf.to_yaml(cfg))
+        save(Path(folder) / "config.yaml", OmegaConf.to_yaml(cfg))
     return state
 
 
 def log_metrics(folder, writer, step, values):
-    """Show a row, append it to metrics.jsonl (of a step, the last one counts) and TensorBoard.
-
-    writer  a SummaryWriter; None in all processes but one, which then do nothing.
-    """
+    """Show a row, append it to metrics.jsonl (of a step, the last one counts) and TensorBoard;
+    writer: a SummaryWriter, or None in all processes but one, which then do nothing."""
     values = {name: float(f"{float(value):.7g}") for name, value in values.items()}
     check_gradient(values.get("grad_norm", 0.0), step)
     if writer is None:
@@ -393,12 +379,11 @@ def open_audio(source):
         source = source["path"] if source.get("bytes") is None else source["bytes"]
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
-    except (OSError, TypeError) as error:  # TypeError: no audio at all
-        raise AudioError(f"cannot be opened ({getattr(error, 'strerror', 'null')})") from error
-    try:
         with file, soundfile.SoundFile(file) as audio:
             yield audio
-    except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:  # TypeError: a .raw
+    except OSError as error:
+        raise AudioError(f"cannot be opened ({error.strerror})") from error
+    except (RuntimeError, TypeError) as error:  # TypeError: of a .raw, or no audio at all
         reason = str(error).rpartition(">: ")[2]
         raise AudioError(f"not readable as audio ({reason or error})") from error
 
@@ -438,11 +423,8 @@ def audio_seconds(source):
 
 
 def resample(wave, rate, new_rate):
-    """Resample the last axis by one fixed Kaiser sinc, so that a file has the same features always.
-
-    torchaudio's equivalent of librosa's `kaiser_best`: images above the old Nyquist frequency stay
-    below -100 dB, which matters when 8 kHz telephone speech enters a 16 kHz front end.
-    """
+    """Resample the last axis by torchaudio's equivalent of librosa's `kaiser_best`: images above
+    the old Nyquist frequency, as of 8 kHz speech in a 16 kHz front end, stay below -100 dB."""
     if rate == new_rate:
         return wave
     if max(rate, new_rate) // math.gcd(rate, new_rate) > 2000:  # the filters would take gigabytes
@@ -458,7 +440,7 @@ def change_speed(wave, factor, rate):
     return wave if factor == 1.0 else resample(wave, round(rate * factor / 100) * 100, rate)
 
 
-# ---- Kaldi front end of SenseVoice and Fun-ASR-Nano -------------------------
+# ---- features of SenseVoice and Fun-ASR-Nano --------------------------------
 
 LFR_M, LFR_N = 7, 6  # FunASR's low frame rate: 7 frames of 10 ms stacked every 6, so 60 ms a frame
 
@@ -505,6 +487,52 @@ def wav_frontend(wave, key="", dither=1.0, cmvn=None):
     """FunASR's `WavFrontend`: log-mel, LFR 7/6, CMVN. (N,) at 16 kHz -> (ceil(T/6), 560)."""
     feats = apply_lfr(kaldi_fbank(wave, 16000, key, dither))
     return feats if cmvn is None else (feats + cmvn[0]) * cmvn[1]
+
+
+class SpecAugLFR(nn.Module):
+    """SpecAugment (arXiv:1904.08779) on stacked features, with FunASR's arguments; in training.
+
+    Input   feats (T, F), one clip (so its masks know its length).  Output  a masked copy.
+    Units   freq_mask_width_range in mel bins, the same bins in all lfr_rate + 1 stacked frames;
+            time_mask_width_range in feature frames (60 ms); upper bounds excluded, as in FunASR.
+    Departures from FunASR: time_mask_max_ratio caps each time mask at a share of the clip; `fill`
+    is the clip's mean, since FunASR's 0.0 (fill="zero") lies below any silence an encoder knows.
+    """
+
+    def __init__(
+        self, apply_freq_mask=True, freq_mask_width_range=(0, 20), num_freq_mask=2, lfr_rate=6,
+        apply_time_mask=True, time_mask_width_range=(0, 10), num_time_mask=2,
+        time_mask_max_ratio=1.0, fill="mean",
+    ):  # fmt: skip
+        super().__init__()
+        ranges = freq_mask_width_range, time_mask_width_range
+        if any(len(pair) != 2 or pair[0] >= pair[1] for pair in ranges):
+            raise UserError(f"specaug: widths {ranges}: expected [low, high] with high > low")
+        if fill not in ("mean", "zero"):
+            raise UserError(f"specaug: fill is mean or zero, got {fill!r}")
+        self.freq_range, self.time_range = ranges
+        self.num_freq_mask = num_freq_mask if apply_freq_mask else 0
+        self.num_time_mask = num_time_mask if apply_time_mask else 0
+        self.groups, self.max_ratio, self.fill = lfr_rate + 1, time_mask_max_ratio, fill
+
+    def forward(self, feats, generator=None):
+        if not self.training:
+            return feats
+        frames, bins = len(feats), feats.shape[1] // self.groups
+
+        def draw(widths, size, most):
+            width = min(int(torch.randint(*widths, (), generator=generator)), most)
+            first = int(torch.randint(0, max(1, size - width), (), generator=generator))
+            return slice(first, first + width)
+
+        hidden = torch.zeros(frames, bins, dtype=torch.bool)
+        for _ in range(self.num_freq_mask):
+            hidden[:, draw(self.freq_range, bins, bins)] = True
+        hidden = hidden.repeat(1, self.groups)
+        for _ in range(self.num_time_mask):
+            hidden[draw(self.time_range, frames, int(frames * self.max_ratio))] = True
+        fill = feats.mean(0) if self.fill == "mean" else torch.zeros_like(feats[0])
+        return torch.where(hidden, fill, feats)
 
 
 # ---- SANM encoder -----------------------------------------------------------
@@ -572,8 +600,7 @@ class SenseVoiceEncoder(nn.Module):
     Input   feats (B, T, 560) float, 60 ms a frame; lens (B,).
     Output  enc (B, T, 512), lens. Rows past lens mean nothing and influence no real row.
     Raises  ValueError if feats is not `input_size` wide.
-    Source  funasr's `SenseVoiceEncoderSmall`, with its state-dict names; 221.1 M parameters. Out of
-            place (works under gradient checkpointing), any dtype, scaled_dot_product_attention.
+    Source  funasr's `SenseVoiceEncoderSmall`, with its state-dict names; 221.1 M parameters.
     """
 
     def __init__(
@@ -590,19 +617,15 @@ class SenseVoiceEncoder(nn.Module):
         self.tp_encoders = layers[num_blocks:]
         self.after_norm, self.tp_norm = nn.LayerNorm(output_size), nn.LayerNorm(output_size)
 
-    def positions(self, length, device):
-        """Sinusoids (length, input_size) counted from 1; sines first, then cosines."""
-        half = self.input_size // 2
-        rates = torch.exp(torch.arange(half, device=device) * (-math.log(10000) / (half - 1)))
-        angles = torch.arange(1, length + 1, device=device)[:, None] * rates
-        return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
     def forward(self, feats, lens):
         if feats.shape[-1] != self.input_size:
             raise ValueError(f"features {self.input_size} wide expected, got {tuple(feats.shape)}")
-        mask = length_mask(lens, feats.shape[1], feats.device)  # (B, T)
-        positions = self.positions(feats.shape[1], feats.device).to(feats.dtype)
-        x = feats * self.output_size**0.5 + positions
+        length, half, device = feats.shape[1], self.input_size // 2, feats.device
+        rates = torch.exp(torch.arange(half, device=device) * (-math.log(10000) / (half - 1)))
+        angles = torch.arange(1, length + 1, device=device)[:, None] * rates  # counted from 1
+        positions = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (T, F)
+        x = feats * self.output_size**0.5 + positions.to(feats.dtype)
+        mask = length_mask(lens, length, device)  # (B, T)
         x = x.masked_fill(~mask[..., None], 0.0)  # NaN in the padding would survive a product by 0
         for layer in [*self.encoders0, *self.encoders]:
             x = layer(x, mask)
@@ -612,51 +635,32 @@ class SenseVoiceEncoder(nn.Module):
         return self.tp_norm(x), lens
 
 
-# ---- frozen modules ---------------------------------------------------------
-
-
-class Frozen:
-    """Mixin of `freeze`: `train()` of any parent leaves the module in eval mode.
-
-    Without it `model.train()` silently switches dropout back on inside "frozen" modules. Only
-    LoRA's own dropout inside a frozen LLM follows the mode.
-    """
-
-    def train(self, mode=True):
-        for name, part in self.named_modules():
-            if name.endswith("lora_dropout"):
-                nn.Module.train(part, mode)
-        return self
-
-    def __reduce_ex__(self, protocol):  # for pickle and deepcopy: the class is made, not imported
-        return make_frozen, (type(self).__bases__[1],), self.__dict__
-
-
-@functools.cache
-def frozen_class(kind):
-    return type(kind.__name__, (Frozen, kind), {"__module__": kind.__module__})
-
-
-def make_frozen(kind):
-    return kind.__new__(frozen_class(kind))
+# ---- encoders ---------------------------------------------------------------
 
 
 def freeze(module):
-    """Freeze for good: no gradients, and eval mode whatever `train()` its parents call."""
+    """Freeze for good: no gradients, and eval mode whatever `train()` its parents call.
+
+    Without it `model.train()` silently switches dropout back on inside "frozen" modules.
+    """
     module.requires_grad_(False).eval()
-    if not isinstance(module, Frozen):
-        module.__class__ = frozen_class(type(module))
+    module.train = functools.partial(stay_in_eval, module)  # a partial, as it can be pickled
     return module
 
 
-# ---- encoders ---------------------------------------------------------------
+def stay_in_eval(module, mode=True):
+    """The `train()` of a frozen module: only LoRA's own dropout inside it follows the mode."""
+    for name, part in module.named_modules():
+        if name.endswith("lora_dropout"):
+            nn.Module.train(part, mode)
+    return module
 
 
 def find_model(name):
     """Folder of a model: `name` itself, else a download by hub name (only then is the net used)."""
     if Path(name).is_dir():
         return Path(name)
-    if Path(name).is_absolute() or str(name).startswith(".") or str(name).count("/") != 1:
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
         raise UserError(f"{name}: no such folder; give one, or a hub name like openai/whisper-tiny")
     try:
         if name.startswith(("iic/", "FunAudioLLM/")):  # only ModelScope's Fun-ASR-Nano has CTC
@@ -682,15 +686,15 @@ class SpeechEncoder(nn.Module):
     num_frames  samples -> T', the length formula that batching uses; out_lens: T -> T'.
     """
 
-    def __init__(self, net, layers, width, frame_ms, identity):
+    def __init__(self, net, layers, width, frame_ms, identity, stride=1):
         super().__init__()
         self.net, self.width, self.frame_ms, self.sample_rate = net, width, frame_ms, 16000
-        self.layers = tuple(layers)  # a tuple: they are registered in net already
+        self.layers, self.stride = tuple(layers), stride  # a tuple: net has registered them
         weights = hash_tensors(net.state_dict())
         self.identity = {"weights": weights, "width": width, "frame_ms": frame_ms} | identity
 
     def out_lens(self, lens):
-        return lens
+        return -(-lens // self.stride)
 
 
 def read_funasr(folder):
@@ -698,8 +702,7 @@ def read_funasr(folder):
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: has no config.yaml")
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    weights = read_weights(folder / "model.pt", mmap=True)
-    return config, weights.get("state_dict", weights)
+    return config, read_weights(folder / "model.pt", mmap=True)
 
 
 class KaldiEncoder(SpeechEncoder):
@@ -715,9 +718,8 @@ class KaldiEncoder(SpeechEncoder):
     def __init__(self, folder, language="auto", text_norm="woitn", keep_query_frames=False):
         config, weights = read_funasr(folder)
         nano = "FunASRNano" in str(config.get("model", ""))
-        prefix, conf = "audio_encoder.", "audio_encoder_conf"
-        prefix, conf = (prefix, conf) if nano else (prefix[6:], conf[6:])
-        net = SenseVoiceEncoder(**config[conf])
+        part = "audio_encoder" if nano else "encoder"
+        net, prefix = SenseVoiceEncoder(**config[f"{part}_conf"]), f"{part}."
         own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
         load_weights(net, own, folder / "model.pt")
         with_queries = keep_query_frames and not nano
@@ -753,8 +755,8 @@ class KaldiEncoder(SpeechEncoder):
 class WhisperEncoder(SpeechEncoder):
     """Any transformers Whisper encoder, at clip length (default) or padded to 30 s as in training.
 
-    At clip length a 3 s prompt costs 3.2 s of frames instead of 30; the features differ a little
-    (cosine 0.90 to 0.96), so an adaptor must be used with the setting it was trained with.
+    A 3 s clip then costs 3.2 s of frames instead of 30. The features differ a little (cosine 0.90
+    to 0.96): an adaptor must be used with the setting it was trained with.
     """
 
     TAIL_S = 0.2  # silence behind a clip: without it the last word is cut, since Whisper expects it
@@ -766,7 +768,7 @@ class WhisperEncoder(SpeechEncoder):
         net, extractor = whisper.model.encoder, WhisperFeatureExtractor.from_pretrained(folder)
         front_end = f"whisper-mel{extractor.feature_size}-tail{self.TAIL_S}"
         identity = {"front_end": front_end, "pad_to_30s": pad_to_30s}
-        super().__init__(net, net.layers, net.config.d_model, 20.0, identity)
+        super().__init__(net, net.layers, net.config.d_model, 20.0, identity, stride=2)
         self.extractor, self.pad_to_30s = extractor, pad_to_30s
         self.max_samples = 2 * net.config.max_source_positions * extractor.hop_length
 
@@ -786,9 +788,6 @@ class WhisperEncoder(SpeechEncoder):
         found = self.extractor(wave, sampling_rate=self.sample_rate, padding="longest")
         return torch.as_tensor(found["input_features"][0]).T
 
-    def out_lens(self, lens):
-        return (lens + 1) // 2
-
     def forward(self, feats, lens):
         net = self.net
         keep = length_mask(lens, feats.shape[1], feats.device)[:, None]  # (B, 1, mel frames)
@@ -805,10 +804,7 @@ class WhisperEncoder(SpeechEncoder):
 
 
 class ParakeetEncoder(SpeechEncoder):
-    """The FastConformer encoder of transformers' Parakeet models: 80 ms frames, no final norm.
-
-    Each clip is normalised by its own mean and deviation, so a batch never changes a clip.
-    """
+    """The FastConformer encoder of transformers' Parakeet models: 80 ms frames, no final norm."""
 
     def __init__(self, folder):
         from transformers import ParakeetEncoder as Net
@@ -816,23 +812,17 @@ class ParakeetEncoder(SpeechEncoder):
 
         net = Net.from_pretrained(folder, dtype=torch.float32)
         net.layerdrop = 0.0  # where it trains, DDP waits for every layer
-        frame_ms = 10.0 * net.config.subsampling_factor
+        width, stride = net.config.hidden_size, net.config.subsampling_factor
         identity = {"front_end": f"parakeet-mel{net.config.num_mel_bins}"}
-        super().__init__(net, net.layers, net.config.hidden_size, frame_ms, identity)
+        super().__init__(net, net.layers, width, 10.0 * stride, identity, stride)
         self.extractor = ParakeetFeatureExtractor.from_pretrained(folder)
 
     def num_frames(self, samples):
         return self.out_lens(samples // self.extractor.hop_length)
 
-    def out_lens(self, lens):
-        """Each halving keeps ceil(n / 2) frames, as a convolution 3 wide, padded by 1, does."""
-        for _ in range(int(math.log2(self.net.config.subsampling_factor))):
-            lens = (lens + 1) // 2
-        return lens
-
     def features(self, wave, key=""):
         frames = len(wave) // self.extractor.hop_length
-        if frames < 2:  # a single frame has no deviation
+        if frames < 2:  # a clip is normalised by its own deviation, which one frame has not
             raise AudioError(f"{len(wave) / 16000:.3f} s is shorter than two frames of 10 ms")
         found = self.extractor(wave.numpy(), sampling_rate=self.sample_rate)
         return torch.as_tensor(found["input_features"][0])[:frames]  # (mel frames, M)
@@ -846,30 +836,29 @@ class ParakeetEncoder(SpeechEncoder):
 def load_encoder(
     name, language="auto", text_norm="woitn", keep_query_frames=False, pad_to_30s=False
 ):
-    """Load an encoder by hub name or local folder in the hub's own layout.
+    """Load SenseVoiceSmall, Fun-ASR-Nano's encoder, or any Whisper or Parakeet of transformers.
 
-    Input   name: iic/SenseVoiceSmall, FunAudioLLM/Fun-ASR-Nano-2512, any Whisper or Parakeet of
-            transformers, or a folder. language, text_norm and keep_query_frames concern
-            SenseVoiceSmall, pad_to_30s Whisper.
+    Input   name: on its hub, or a folder in the hub's layout; the rest is SenseVoiceSmall's, and
+            pad_to_30s Whisper's.
     Output  SpeechEncoder, fp32, on the CPU, in eval mode; `freeze` it unless it is to be trained.
-    Raises  UserError naming what is missing.
     """
-    folder = find_model(name)
+    folder, kind = find_model(name), ""
+    if (folder / "config.json").is_file():
+        kind = str(json.loads((folder / "config.json").read_text()).get("model_type"))
     if (folder / "config.yaml").is_file():
         encoder = KaldiEncoder(folder, language, text_norm, keep_query_frames)
-    elif (folder / "config.json").is_file():
-        kind = str(json.loads((folder / "config.json").read_text()).get("model_type"))
-        if kind != "whisper" and not kind.startswith("parakeet"):
-            raise UserError(f"{name}: model_type {kind!r} is none of Whisper, Parakeet, SenseVoice")
-        whisper = kind == "whisper"
-        encoder = WhisperEncoder(folder, pad_to_30s) if whisper else ParakeetEncoder(folder)
+    elif kind == "whisper":
+        encoder = WhisperEncoder(folder, pad_to_30s)
+    elif kind.startswith("parakeet"):
+        encoder = ParakeetEncoder(folder)
     else:
-        raise UserError(f"{name}: has neither config.yaml (FunASR) nor config.json (transformers)")
+        known = "config.yaml of FunASR nor config.json of Whisper or Parakeet"
+        raise UserError(f"{name}: has neither {known} (model_type: {kind or 'none'})")
     encoder.identity["name"] = str(name)
     return encoder.eval()
 
 
-# ---- adaptor ----------------------------------------------------------------
+# ---- adaptor and CTC --------------------------------------------------------
 
 
 class AudioAdaptor(nn.Module):
@@ -907,7 +896,7 @@ class AudioAdaptor(nn.Module):
         nn.init.constant_(self.norm.weight, embedding_rms)
 
     def out_lens(self, enc_lens):
-        return (enc_lens + self.stack - 1) // self.stack
+        return -(-enc_lens // self.stack)
 
     def forward(self, enc, enc_lens):
         batch, frames, width = enc.shape
@@ -931,35 +920,29 @@ def embedding_rms(table):
     return float(table.detach().float().pow(2).mean().sqrt())
 
 
-# ---- CTC --------------------------------------------------------------------
-
-
 class CTCHead(nn.Module):
-    """CTC over rows of the LLM's embedding table plus a learned blank.
+    """CTC of positions x (B, S, D) over the LLM's embeddings of token_ids and a learned blank.
 
-    Class c scores a position x (B, S, D) against the embedding of token_ids[c]; the blank is last.
-    Output  log-probabilities (B, S, C + 1) fp32.
     It makes minutes of speech count: each position is pulled towards the embedding of the token
-    that is spoken there, which is just what the LLM reads. Only the tokens of the training
-    transcripts are needed, which saves most of the softmax.
+    that is spoken there, which is just what the LLM reads.
+    Output  log-probabilities (B, S, C + 1) fp32, the blank last.
     """
 
     def __init__(self, embedding, token_ids):
         super().__init__()
-        token_ids = torch.as_tensor(token_ids, device=embedding.device)
-        self.blank, width = len(token_ids), embedding.shape[1]
+        device, width = embedding.device, embedding.shape[1]
+        token_ids = torch.as_tensor(token_ids, device=device)
         self.register_buffer("token_ids", token_ids)  # class -> token of the LLM
+        self.token_of, self.blank = token_ids.tolist(), len(token_ids)
+        self.class_of = {token: number for number, token in enumerate(self.token_of)}
         table = embedding.detach()[token_ids].float()
         # frozen; zero rows up to a multiple of 8, since a GPU has slow kernels for odd numbers
         self.register_buffer("rows", F.pad(table, (0, 0, 0, -len(table) % 8)), persistent=False)
         rms = embedding_rms(table)
-        self.blank_row = nn.Parameter(torch.randn(width, device=table.device) * rms)
-        self.blank_bias = nn.Parameter(torch.zeros(1, device=table.device))
+        self.blank_row = nn.Parameter(torch.randn(width, device=device) * rms)
+        self.blank_bias = nn.Parameter(torch.zeros(1, device=device))
         # unrelated vectors then score with standard deviation 1, a perfect match sqrt(D)
-        scale = torch.tensor(-math.log(rms**2 * width**0.5), device=table.device)
-        self.log_scale = nn.Parameter(scale)
-        self.token_of = token_ids.tolist()
-        self.class_of = {token: number for number, token in enumerate(self.token_of)}
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(rms**2 * width**0.5), device=device))
 
     @classmethod
     def load(cls, path, embedding):
@@ -985,9 +968,9 @@ class CTCHead(nn.Module):
 def ctc_loss(log_probs, lens, targets, blank):
     """Sum over the batch of -log p(target), and how many rows were left out.
 
-    Input   log_probs (B, S, C + 1), lens (B,), targets: list of class lists. A row with more labels
-            than frames allow has infinite loss, which `zero_infinity` would hide: it is left out
-            and counted, and so is an empty one.
+    A row with more labels than frames allow, for which `zero_infinity` would hide an infinite loss,
+    or without any is left out.
+    Input   log_probs (B, S, C + 1), lens (B,), targets: list of class lists.
     """
     fits = [n for n, row in enumerate(targets) if row and ctc_min_frames(row) <= lens[n]]
     if not fits:
@@ -1014,18 +997,16 @@ def ctc_paths(best, lens, blank):
 def ctc_soft_speech(log_probs, best, lens, head):
     """CTC-compressed soft speech: one LLM embedding for each token that CTC hears.
 
-    Each run of equal non-blank best classes becomes the mean, over its positions, of the token
-    embeddings weighted by the posterior without blank: where CTC wavers, the LLM gets a mixture.
+    A run of equal non-blank best classes becomes the mean, over its positions, of the embeddings
+    weighted by the posterior without blank: where CTC wavers, the LLM gets a mixture.
     Input   log_probs (B, S, C + 1); best (B, S), its argmax, and lens (B,), both on the CPU.
     Output  soft (B, K, D), lens (B,), at least 1 (where CTC hears nothing: the clip's mean).
     Source  arXiv:2102.01757, with embeddings of the LLM in place of encoder frames.
     """
     real = length_mask(lens, best.shape[1])
     spoken = real & (best != head.blank)
-    starts = spoken & (best != F.pad(best, (1, 0), value=head.blank)[:, :-1])
-    silent = ~spoken.any(dim=1)
-    spoken = spoken | (real & silent[:, None])
-    starts[:, 0] |= silent
+    spoken = torch.where(spoken.any(1, keepdim=True), spoken, real)  # silence is a run of its own
+    starts = spoken & (best != F.pad(best, (1, 0), value=-1)[:, :-1])
     soft_lens = starts.sum(1)
     run = (starts.cumsum(1) - 1).clamp(min=0)  # (B, S): the run that a position belongs to
     weights = F.one_hot(run, int(soft_lens.max())) * spoken[..., None]  # (B, S, K)
@@ -1048,10 +1029,9 @@ class Heard:
 
 
 def hear(adaptor, ctc, enc, enc_lens, speech="frames", read_ctc=True):
-    """Adaptor and CTC head, in training and inference alike.
+    """Adaptor and CTC head. speech: the LLM reads the adaptor's "frames", or "ctc", soft speech.
 
-    speech    "frames": the LLM reads the adaptor's output; "ctc": soft speech made from it.
-    read_ctc  False: no `paths`, which make the CPU wait for a GPU, where nobody needs them.
+    Without read_ctc there are no `paths`, which make the CPU wait for a GPU.
     """
     emb, lens = adaptor(enc, enc_lens)
     heard = Heard(emb, lens, lens)
@@ -1065,75 +1045,25 @@ def hear(adaptor, ctc, enc, enc_lens, speech="frames", read_ctc=True):
     return heard
 
 
-# ---- SpecAugment ------------------------------------------------------------
-
-
-class SpecAugLFR(nn.Module):
-    """SpecAugment (arXiv:1904.08779) on stacked features, with FunASR's arguments; in training.
-
-    Input   feats (T, F), one clip (so its masks know its length).  Output  a masked copy.
-    Units   freq_mask_width_range in mel bins, the same bins in all lfr_rate + 1 stacked frames;
-            time_mask_width_range in feature frames (60 ms); upper bounds excluded, as in FunASR.
-    Departures from FunASR: time_mask_max_ratio caps each time mask at a share of the clip; `fill`
-    is the clip's mean, since FunASR's 0.0 (fill="zero") lies below any silence an encoder knows.
-    """
-
-    def __init__(
-        self, apply_freq_mask=True, freq_mask_width_range=(0, 20), num_freq_mask=2, lfr_rate=6,
-        apply_time_mask=True, time_mask_width_range=(0, 10), num_time_mask=2,
-        time_mask_max_ratio=1.0, fill="mean",
-    ):  # fmt: skip
-        super().__init__()
-        ranges = freq_mask_width_range, time_mask_width_range
-        if any(len(pair) != 2 or pair[0] >= pair[1] for pair in ranges):
-            raise UserError(f"specaug: widths {ranges}: expected [low, high] with high > low")
-        if fill not in ("mean", "zero"):
-            raise UserError(f"specaug: fill is mean or zero, got {fill!r}")
-        self.freq_range, self.time_range = ranges
-        self.num_freq_mask = num_freq_mask if apply_freq_mask else 0
-        self.num_time_mask = num_time_mask if apply_time_mask else 0
-        self.groups, self.max_ratio, self.fill = lfr_rate + 1, time_mask_max_ratio, fill
-
-    def forward(self, feats, generator=None):
-        if not self.training:
-            return feats
-        frames, bins = len(feats), feats.shape[1] // self.groups
-
-        def draw(widths, size, most):
-            width = min(int(torch.randint(*widths, (), generator=generator)), most)
-            first = int(torch.randint(0, max(1, size - width), (), generator=generator))
-            return slice(first, first + width)
-
-        hidden = torch.zeros(frames, bins, dtype=torch.bool)
-        for _ in range(self.num_freq_mask):
-            hidden[:, draw(self.freq_range, bins, bins)] = True
-        hidden = hidden.repeat(1, self.groups)
-        for _ in range(self.num_time_mask):
-            hidden[draw(self.time_range, frames, int(frames * self.max_ratio))] = True
-        fill = feats.mean(0) if self.fill == "mean" else torch.zeros_like(feats[0])
-        return torch.where(hidden, fill, feats)
-
-
 # ---- LLM: loading, prompt, splice, loss, decoding ---------------------------
 
 
 def load_llm(name, dtype=torch.float32, device="cpu", lora=None):
-    """Load a causal LLM, frozen for good, and its tokenizer, with trainable fp32 LoRA or without.
+    """Load a causal LLM, frozen for good, and its tokenizer.
 
-    Input   lora: settings of peft.LoraConfig for a new one, or the folder of a trained one.
-    Output  (llm, tokenizer). `llm.model` gives hidden states, `llm.lm_head` scores them; with LoRA,
-            `llm.peft` is PEFT's wrapper, which saves it and switches it off.
+    Input   lora: settings of peft.LoraConfig for a new one (fp32), or the folder of a trained one.
+    Output  (llm, tokenizer); with LoRA, `llm.peft` is the wrapper that saves or disables it.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = find_model(name)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    llm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    llm = freeze(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
     for key in ("logit_scale", "logits_scaling", "final_logit_softcapping"):
         if getattr(llm.config, key, None) not in (None, 1.0):  # losses here use lm_head alone
             raise UserError(f"{name}: its {key} changes the scores of lm_head; not supported")
     weights = hash_tensors({"embed": llm.get_input_embeddings().weight.bfloat16()})
-    freeze(llm)
+    llm.identity = {"name": str(name), "weights": weights}
     if lora is not None:
         import peft
 
@@ -1143,7 +1073,6 @@ def load_llm(name, dtype=torch.float32, device="cpu", lora=None):
             wrapper = peft.PeftModel.from_pretrained(llm, lora)
         wrapper.peft_config["default"].base_model_name_or_path = str(name)
         llm.__dict__["peft"] = wrapper.eval()  # past nn.Module: the LLM is a part of its wrapper
-    llm.identity = {"name": str(name), "weights": weights}
     return llm.to(device), tokenizer
 
 
@@ -1159,18 +1088,16 @@ def end_of_turn(tokenizer):
 
 @functools.lru_cache(1024)  # most clips share a prompt, and a template takes its time
 def build_prompt(tokenizer, prompt, language=None, hotwords=None, system=None):
-    """The one prompt of training and inference, a chat turn with the audio inside.
+    """The prompt of training and inference: `system | user: [hotwords] prompt AUDIO | assistant:`
 
-        system | user: [hotwords] prompt AUDIO | assistant:
-
-    Input   prompt: instruction, `{language}` in it is replaced; hotwords: names that may occur,
-            with commas between; system: None for the template's own.
+    Input   prompt: `{language}` in it is replaced; hotwords: names that may occur, with commas
+            between; system: None for the template's own.
     Output  (before, after): token ids on either side of the audio; thinking is off.
     """
     prompt = prompt.replace("{language}", language or "").replace(AUDIO_MARK, "")
     if hotwords:
-        header = "热词列表：[{}]\n" if is_cjk(prompt) else "Hotwords: [{}]\n"
-        prompt = header.format(hotwords) + prompt
+        header = "热词列表：" if is_cjk(prompt) else "Hotwords: "
+        prompt = f"{header}[{hotwords}]\n{prompt}"
     turns = [] if system is None else [{"role": "system", "content": system}]
     text = tokenizer.apply_chat_template(
         [*turns, {"role": "user", "content": prompt + AUDIO_MARK}],
@@ -1181,11 +1108,8 @@ def build_prompt(tokenizer, prompt, language=None, hotwords=None, system=None):
 
 
 def text_to_ids(tokenizer, texts):
-    """Token ids of transcripts, without special tokens: list of lists.
-
-    Latin text gets a leading space: " press one" and "one" would otherwise have two tokens for the
-    same word, and CTC would have to learn both.
-    """
+    """Token ids of transcripts: list of lists. Latin text gets a leading space, or a word would
+    have other tokens at the beginning than within, and CTC would have to learn both."""
     texts = [text if not text or is_cjk(text) else f" {text}" for text in texts]
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
@@ -1211,22 +1135,16 @@ def splice(embed, prompts, emb, emb_lens, targets=None, pad_left=False):
     if not len(prompts) == len(targets) == len(emb) == len(lens) or max(lens) > emb.shape[1]:
         counts = f"{len(prompts)} prompts, {len(targets)} targets, audio {tuple(emb.shape)}"
         raise ValueError(f"splice: {counts}, lengths {lens}")
-    rows = [
-        [*before, *[0] * n, *after, *target]
-        for (before, after), n, target in zip(prompts, lens, targets, strict=True)
-    ]
-    shape = len(rows), max(map(len, rows))
+    ids, labels, side = [], [], "left" if pad_left else "right"
+    for (before, after), n, target in zip(prompts, lens, targets, strict=True):
+        ids.append(torch.tensor([*before, *[-1] * n, *after, *target]))  # -1: audio
+        labels.append(torch.tensor([*[IGNORE] * (len(ids[-1]) - len(target)), *target]))
     # all is laid out on the CPU: a GPU is handed a few tensors, not a few for every row
-    ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    labels, source, places = torch.full(shape, IGNORE), [], []
-    for row, tokens in enumerate(rows):
-        start = shape[1] - len(tokens) if pad_left else 0
-        end, audio = start + len(tokens), torch.arange(lens[row])
-        ids[row, start:end], mask[row, start:end] = torch.tensor(tokens), 1
-        labels[row, end - len(targets[row]) : end] = ids[row, end - len(targets[row]) : end]
-        source.append(row * emb.shape[1] + audio)  # in (B * S, D)
-        places.append(row * shape[1] + start + len(prompts[row][0]) + audio)  # in (B * L, D)
-    laid_out = ids, mask, torch.cat(source), torch.cat(places)
+    ids = pad_sequence(ids, True, IGNORE, side)  # (B, L)
+    labels = pad_sequence(labels, True, IGNORE, side)
+    source = length_mask(emb_lens, emb.shape[1]).flatten().nonzero()[:, 0]  # in (B * S, D)
+    places = (ids.flatten() == -1).nonzero()[:, 0]  # in (B * L, D)
+    laid_out = ids.clamp(min=0), (ids != IGNORE).long(), source, places
     ids, mask, source, places = (x.to(emb.device, non_blocking=True) for x in laid_out)
     words = embed(ids) * mask[..., None]  # (B, L, D)
     audio = emb.flatten(0, 1)[source].to(words.dtype)
@@ -1235,13 +1153,10 @@ def splice(embed, prompts, emb, emb_lens, targets=None, pad_left=False):
 
 
 def hidden_states(llm, embeds):
-    """Last hidden states (B, L, D) of right-padded rows: a causal LLM needs no mask for those.
-
-    transformers, given neither mask nor cache, asks the GPU in every pass whether rows are packed;
-    a cache that keeps nothing spares that wait.
-    """
+    """Last hidden states (B, L, D) of right-padded rows: a causal LLM needs no mask for those."""
     from transformers import DynamicCache
 
+    # without mask and cache, transformers asks the GPU whether rows are packed, and waits for it
     cache = DynamicCache(config=llm.config)
     cache.update = lambda keys, values, *_, **__: (keys, values)
     return llm.model(inputs_embeds=embeds, cache=cache, use_cache=True).last_hidden_state
@@ -1307,9 +1222,9 @@ def add_token(answer, token, stop_id, cap):
 
 
 def cut_loop(ids, longest=32, least=3, tokens=16):
-    """Cut a runaway loop in place: the last n <= 32 ids, `least` times or more, become one copy.
+    """Cut a runaway loop in place, to one copy of what was said `least` times; True if it did.
 
-    A loop has 16 tokens at least: "zero zero zero zero" is a phone number. True if it did.
+    It has 16 tokens or more: "zero zero zero zero" is a phone number.
     """
     for n in range(1, longest + 1):
         times = max(least, -(-tokens // n))
@@ -1331,8 +1246,7 @@ def is_cjk(text):
 def normalize_text(text):
     """The normaliser of training targets and scores: NFKC, lower case, no punctuation.
 
-    Apostrophes inside words stay ("don't"); spaces beside Chinese go: "打开 wifi 吧" is
-    "打开wifi吧". Numbers stay as written: "5" and "five" differ.
+    "don't" keeps its apostrophe; spaces beside Chinese go; "5" and "five" differ.
     """
     text = unicodedata.normalize("NFKC", text).lower().replace("’", "'")
     kept = (c if c == "'" or unicodedata.category(c)[0] not in "PSCZ" else " " for c in text)
@@ -1349,23 +1263,22 @@ def error_rate(references, hypotheses, normalize=normalize_text, characters=None
     """Corpus error rate by jiwer: CER for Chinese, Japanese and Korean references, else WER.
 
     Input   characters: True or False for one of them on all clips.
-    Output  dict name ("cer" where most references are CJK, else "wer"), rate, errors,
-            substitutions, deletions, insertions, units, empty (references, which count too).
+    Output  dict name (of most references' rate: "cer" or "wer"), rate, errors, substitutions,
+            deletions, insertions, units, empty (references, which count too).
     """
     import jiwer
 
-    texts, cjk = [], []
+    sides, cjk = ([], []), []
     for pair in zip(references, hypotheses, strict=True):
         pair = [normalize(text) for text in pair]
         cjk.append(any(map(is_cjk, pair[0])) if characters is None else characters)
-        texts.append([" ".join(score_units(text, cjk[-1])) for text in pair])
-    found = jiwer.process_words(*map(list, zip(*texts, strict=True))) if texts else None
-    kinds = ("substitutions", "deletions", "insertions")
-    counts = {kind: getattr(found, kind, 0) for kind in kinds}
-    counts["units"] = sum(len(reference.split()) for reference, _ in texts)
-    counts["empty"] = sum(not reference for reference, _ in texts)
-    errors = sum(counts[kind] for kind in kinds)
-    rate = errors / counts["units"] if counts["units"] else math.inf if errors else 0.0
+        for side, text in zip(sides, pair, strict=True):
+            side.append(" ".join(score_units(text, cjk[-1])))
+    found = jiwer.process_words(*sides)
+    counts = {kind: getattr(found, kind) for kind in ("substitutions", "deletions", "insertions")}
+    errors, units = sum(counts.values()), found.hits + found.substitutions + found.deletions
+    rate = errors / units if units else math.inf if errors else 0.0
+    counts |= {"units": units, "empty": sides[0].count("")}
     name = "cer" if 2 * sum(cjk) > len(cjk) else "wer"
     return {"name": name, "rate": rate, "errors": errors} | counts
 
@@ -1414,12 +1327,10 @@ def read_manifest(spec, cache_dir, columns=("audio", "text", "question")):
 
 def unique_rows(rows, spec):
     """Rows of a manifest under FIELDS, as text; a key given twice is refused."""
-    seen = set()
+    seen = {}
     for row in tqdm(rows(spec), f"reading {spec}", unit=" clips", delay=5, disable=None):
-        if (mark := hash(row["key"])) in seen:
-            first = next(other["where"] for other in rows(spec) if other["key"] == row["key"])
+        if (first := seen.setdefault(row["key"], row["where"])) != row["where"]:
             raise UserError(f"{row['where']}: key {row['key']!r} stands at {first} too")
-        seen.add(mark)
         row = {name: row.get(name) for name in FIELDS}
         yield {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in row.items()}
     if not seen:
@@ -1518,40 +1429,10 @@ def read_table(spec, columns):
     return rows
 
 
-# ---- the cache of encoder outputs -------------------------------------------
-
+# ---- the cache of encoder outputs, and the order of batches -----------------
 
 CLIP_TEXTS = ("key", "target", "language", "prompt", "hotwords")
 CLIP_NUMBERS = ("shard", "number", "frames", "seconds")
-
-
-class EncoderCache:
-    """What precompute.py wrote: shards in safetensors, a clip's output (T, W) fp16 by number."""
-
-    def __init__(self, folder):
-        path = Path(folder) / "cache.json"
-        if not path.is_file():
-            raise UserError(f"{folder}: no cache; run precompute.py with cache.dir={folder} first")
-        self.identity = json.loads(path.read_text(encoding="utf-8"))
-        if self.identity.get("format") != FORMAT:
-            raise UserError(f"{folder}: made by an earlier layout; run precompute.py again")
-        self.encoder = self.identity["encoder"]
-        self.paths = sorted(Path(folder).glob("shard-*.safetensors"))
-
-    def clips(self, shard):
-        """Rows [key, stamp, frames, seconds] of the clips of a shard, by number."""
-        return json.loads(open_shard(self.paths[shard]).metadata()["rows"])["clips"]
-
-    def index(self):
-        """{key: (shard, number, frames, seconds)}."""
-        found = {}
-        for shard in range(len(self.paths)):
-            for number, (key, _, frames, seconds) in enumerate(self.clips(shard)):
-                found[key] = shard, number, frames, seconds
-        return found
-
-    def read(self, shard, number):
-        return keep_open(self.paths[shard]).get_tensor(str(number))
 
 
 def open_shard(path):
@@ -1563,7 +1444,32 @@ def open_shard(path):
         raise UserError(f"{path}: torn ({error}); delete it, run precompute.py again") from error
 
 
-keep_open = functools.lru_cache(256)(open_shard)  # for training; precompute.py replaces shards
+class EncoderCache:
+    """What precompute.py wrote: shards in safetensors, a clip's output (T, W) fp16 by number."""
+
+    keep_open = staticmethod(functools.lru_cache(256)(open_shard))  # precompute.py replaces shards
+
+    def __init__(self, folder):
+        path = Path(folder) / "cache.json"
+        if not path.is_file():
+            raise UserError(f"{folder}: no cache; run precompute.py with cache.dir={folder} first")
+        self.identity = json.loads(path.read_text(encoding="utf-8"))
+        if self.identity.get("format") != FORMAT:
+            raise UserError(f"{folder}: made by an earlier layout; run precompute.py again")
+        self.encoder = self.identity["encoder"]
+        self.paths = sorted(Path(folder).glob("shard-*.safetensors"))
+
+    def index(self):
+        """{key: (shard, number, frames, seconds)}."""
+        found = {}
+        for shard, path in enumerate(self.paths):
+            clips = json.loads(open_shard(path).metadata()["rows"])["clips"]
+            for number, (key, _, frames, seconds) in enumerate(clips):
+                found[key] = shard, number, frames, seconds
+        return found
+
+    def read(self, shard, number):
+        return self.keep_open(self.paths[shard]).get_tensor(str(number))
 
 
 def cached_clips(specs, cache, tokenizer, cache_dir, normalize=True, speeds=(1.0,)):
@@ -1617,15 +1523,12 @@ def cached_clips(specs, cache, tokenizer, cache_dir, normalize=True, speeds=(1.0
     return clips
 
 
-# ---- order of batches -------------------------------------------------------
-
-
 def length_batches(lengths, budget, world, seed, epoch, most=sys.maxsize):
     """One epoch as groups of `world` batches, one batch for each process of a step.
 
     Clips of like length share a batch, and like batches a group, so that no process waits for
     another's long clips. A function of seed and epoch: to resume, skip the groups used.
-    Input   lengths: frames (or positions) of each clip; budget: padded ones that no batch exceeds;
+    Input   lengths: frames (or positions) of each clip; budget: padded ones of a batch, at most;
             most: clips of a batch.
     Raises  UserError for a clip over the budget, or too few clips for every process.
     """

@@ -23,9 +23,9 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def rng():
-    return torch.Generator().manual_seed(0)
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_twins.tiny_tokenizer()
 
 
 def twin(make):
@@ -41,7 +41,6 @@ def twin(make):
 
 
 sensevoice_folder = twin(make_twins.sensevoice_folder)
-nano_folder = twin(make_twins.nano_folder)
 official_folder = twin(make_twins.official_folder)
 whisper_folder = twin(make_twins.whisper_folder)
 parakeet_folder = twin(make_twins.parakeet_folder)

@@ -1,15 +1,11 @@
 """Small twins of the released models: the hub's exact files and tensor names, random weights.
 
-    python tests/make_twins.py FOLDER        # writes FOLDER/{sensevoice,nano,whisper,qwen3,wavs}
-
-The released weights live on hubs that tests must not need. What twins cannot show, that a released
-file loads into the full depth, is shown by names and shapes: builders take the released sizes too.
+The released weights live on hubs that tests must not need.
 """
 
 import base64
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +13,7 @@ import soundfile
 import torch
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import model  # noqa: E402  (needs the path above)
+import model
 
 SENSEVOICE_SPECIALS = 1679  # special tokens behind the ranks of SenseVoice's tiktoken vocabulary
 ENCODER = {
@@ -33,9 +27,6 @@ RELEASED = {  # the rest of encoder_conf, as both releases have it
 FRONTEND = {
     "fs": 16000, "window": "hamming", "n_mels": 80, "frame_length": 25, "frame_shift": 10,
     "lfr_m": 7, "lfr_n": 6, "cmvn_file": None,
-}  # fmt: skip
-HUB = {
-    "framework": "pytorch", "task": "auto-speech-recognition", "model": {"type": "funasr"},
 }  # fmt: skip
 WORDS = {  # word -> two tones in Hz, so that a twin has something to learn
     "one": (440, 700), "two": (520, 900), "three": (600, 1300), "four": (700, 1700),
@@ -59,16 +50,6 @@ def randomise(module, seed=0):
     return module
 
 
-def write_yaml(path, tree):
-    path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
-
-
-def write_configuration(path, metas):
-    metas = {"init_param": "model.pt", "config": "config.yaml"} | metas
-    text = json.dumps(HUB | {"file_path_metas": metas})
-    (path / "configuration.json").write_text(text, encoding="utf-8")
-
-
 def write_cmvn(path, seed=0):
     """`am.mvn`, a Kaldi nnet in text: shifts near minus the mean, rescales near 1 / deviation."""
     generator = np.random.default_rng(seed)
@@ -82,43 +63,30 @@ def write_cmvn(path, seed=0):
     )
 
 
-def write_pieces(path):
-    """A SentencePiece model; ids 0, 1, 2 are blank/unk, sos and eos. Returns how many pieces."""
+def sensevoice_folder(path, encoder=None, seed=0):
+    """iic/SenseVoiceSmall: model.pt, config.yaml, am.mvn and the SentencePiece model, whose ids 0,
+    1, 2 are blank/unk, sos and eos."""
     import sentencepiece
 
+    path, sizes = Path(path), ENCODER | (encoder or {})
+    path.mkdir(parents=True, exist_ok=True)
+    bpe = path / "chn_jpn_yue_eng_ko_spectok.bpe.model"
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES * 4), model_prefix=str(path.with_suffix("")),
+        sentence_iterator=iter(SENTENCES * 4), model_prefix=str(bpe.with_suffix("")),
         vocab_size=160, model_type="bpe", character_coverage=1.0, minloglevel=2,
         user_defined_symbols=["<|zh|>", "<|en|>", "<|woitn|>"], hard_vocab_limit=False,
     )  # fmt: skip
-    path.with_suffix(".vocab").unlink()
-    return sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size()
-
-
-def sensevoice_folder(path, encoder=None, seed=0):
-    """iic/SenseVoiceSmall: model.pt, config.yaml, configuration.json, am.mvn, SentencePiece."""
-    path, sizes = Path(path), ENCODER | (encoder or {})
-    path.mkdir(parents=True, exist_ok=True)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(bpe)).vocab_size()
     torch.manual_seed(seed)
-    bpe = "chn_jpn_yue_eng_ko_spectok.bpe.model"
-    pieces = write_pieces(path / bpe)
     net = randomise(model.SenseVoiceEncoder(560, **sizes | RELEASED), seed)
     weights = {f"encoder.{name}": value for name, value in net.state_dict().items()}
     weights["embed.weight"] = torch.randn(16, 560)
     weights["ctc.ctc_lo.weight"] = torch.randn(pieces, sizes["output_size"])
     weights["ctc.ctc_lo.bias"] = torch.randn(pieces)
     torch.save(weights, path / "model.pt")
-    write_yaml(path / "config.yaml", {
-        "encoder": "SenseVoiceEncoderSmall", "encoder_conf": sizes | RELEASED,
-        "model": "SenseVoiceSmall",
-        "model_conf": {"length_normalized_loss": True, "sos": 1, "eos": 2, "ignore_id": -1},
-        "tokenizer": "SentencepiecesTokenizer",
-        "tokenizer_conf": {"bpemodel": None, "unk_symbol": "<unk>", "split_with_space": True},
-        "frontend": "WavFrontend", "frontend_conf": FRONTEND,
-    })  # fmt: skip
+    config = {"model": "SenseVoiceSmall", "encoder_conf": sizes | RELEASED}
+    (path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     write_cmvn(path / "am.mvn", seed)
-    metas = {"tokenizer_conf": {"bpemodel": bpe}, "frontend_conf": {"cmvn_file": "am.mvn"}}
-    write_configuration(path, metas)
     return path
 
 
@@ -136,55 +104,19 @@ def funasr_transformer(prefix, width, ffn, out, layers):
     return weights | biases
 
 
-def nano_folder(path, encoder=None, seed=0):
-    """FunAudioLLM/Fun-ASR-Nano-2512 of ModelScope: speech part bf16, CTC fp32, the LLM inside."""
-    path, sizes = Path(path), ENCODER | (encoder or {})
-    path.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
-    width, llm_width, classes = sizes["output_size"], 48, 60
-    net = randomise(model.SenseVoiceEncoder(560, **sizes | RELEASED), seed)
-    weights = {f"audio_encoder.{name}": value for name, value in net.state_dict().items()}
-    weights |= funasr_transformer("audio_adaptor", width, 64, llm_width, 2)
-    weights |= {f"llm.{name}": value for name, value in tiny_qwen3(64).state_dict().items()}
-    weights = {name: value.bfloat16() for name, value in weights.items()}
-    weights |= funasr_transformer("ctc_decoder", width, 64, width, 5)
-    weights["ctc.ctc_lo.weight"] = torch.randn(classes, width)
-    weights["ctc.ctc_lo.bias"] = torch.randn(classes)
-    torch.save(weights, path / "model.pt")
-    adaptor = {"downsample_rate": 1, "ffn_dim": 64, "encoder_dim": width}
-    write_yaml(path / "config.yaml", {
-        "model": "FunASRNano", "model_conf": {"lsm_weight": 0.1, "length_normalized_loss": True},
-        "audio_encoder": "SenseVoiceEncoderSmall",
-        "audio_encoder_conf":
-            sizes | RELEASED | {"feat_permute": True, "freeze": True, "freeze_layer_num": -1},
-        "llm": "Qwen3-0.6b", "llm_conf": {"hub": "hf", "freeze": True, "llm_dtype": "bf16"},
-        "audio_adaptor": "Transformer",
-        "audio_adaptor_conf": adaptor | {
-            "use_low_frame_rate": True, "llm_dim": llm_width, "n_layer": 2, "freeze": True},
-        "ctc_decoder": "Transformer", "detach_ctc_decoder": True, "ctc_weight": 1.0,
-        "ctc_decoder_conf": adaptor | {"llm_dim": width, "n_layer": 5, "freeze": False},
-        "ctc_conf":
-            {"dropout_rate": 0.0, "ctc_type": "builtin", "reduce": True, "ignore_nan_grad": True},
-        "frontend": "WavFrontend", "frontend_conf": FRONTEND,
-    })  # fmt: skip
-    write_configuration(path, {})
-    return path
-
-
-def whisper_folder(path, width=32, layers=2, mel_bins=80, seed=0):
+def whisper_folder(path, width=32, seed=0):
     """openai/whisper-*: config.json, model.safetensors, preprocessor_config.json."""
     from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
     torch.manual_seed(seed)
     config = WhisperConfig(
-        d_model=width, encoder_layers=layers, decoder_layers=1, encoder_attention_heads=4,
+        d_model=width, encoder_layers=2, decoder_layers=1, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=2 * width, decoder_ffn_dim=2 * width,
-        num_mel_bins=mel_bins, vocab_size=100, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        num_mel_bins=80, vocab_size=100, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         decoder_start_token_id=3, suppress_tokens=None, begin_suppress_tokens=None,
     )  # fmt: skip
-    net = WhisperForConditionalGeneration(config)
-    randomise(net, seed).save_pretrained(path)
-    WhisperFeatureExtractor(feature_size=mel_bins).save_pretrained(path)
+    randomise(WhisperForConditionalGeneration(config), seed).save_pretrained(path)
+    WhisperFeatureExtractor(feature_size=80).save_pretrained(path)
     return Path(path)
 
 
@@ -229,23 +161,23 @@ def tiny_tokenizer(template=CHATML, specials=SPECIALS, eos="<|im_end|>"):
     return fast
 
 
-def tiny_qwen3(vocab_size, width=48, layers=2, seed=0, tied=True):
+def tiny_qwen3(vocab_size, seed=0):
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=vocab_size, hidden_size=width, intermediate_size=2 * width,
-        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        tie_word_embeddings=tied, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-        max_position_embeddings=2048, initializer_range=0.2,
+        vocab_size=vocab_size, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None, max_position_embeddings=2048,
+        initializer_range=0.2,
     )  # fmt: skip
     return Qwen3ForCausalLM(config)
 
 
-def qwen3_folder(path, width=48, layers=2, seed=0, tied=True):
+def qwen3_folder(path, seed=0):
     """Qwen/Qwen3-*: configurations, model.safetensors, tokenizer files with chat template."""
     tokenizer = tiny_tokenizer()
-    llm = tiny_qwen3(len(tokenizer), width, layers, seed, tied)
+    llm = tiny_qwen3(len(tokenizer), seed)
     llm.config.eos_token_id = llm.generation_config.eos_token_id = tokenizer.eos_token_id
     llm.generation_config.pad_token_id = tokenizer.pad_token_id
     llm.save_pretrained(path)
@@ -265,47 +197,69 @@ def tiktoken_file(path):
 
 
 def official_folder(path, with_ctc=True, seed=0, tiktoken=True):
-    """Fun-ASR-Nano-2512 in full: with the tokenizers and what funasr's AutoModel needs."""
-    path = nano_folder(path, seed=seed)
-    tokenizer = tiny_tokenizer()
-    llm = tiny_qwen3(len(tokenizer), seed=seed)
+    """FunAudioLLM/Fun-ASR-Nano-2512 of ModelScope, with all that funasr's AutoModel needs.
+
+    Speech part and LLM are bf16, CTC is fp32, or missing as in the copy on Hugging Face.
+    """
+    path, tokenizer, width, llm_width = Path(path), tiny_tokenizer(), ENCODER["output_size"], 48
+    torch.manual_seed(seed)
+    net = randomise(model.SenseVoiceEncoder(560, **ENCODER | RELEASED), seed)
+    weights = {f"audio_encoder.{name}": value for name, value in net.state_dict().items()}
+    weights |= funasr_transformer("audio_adaptor", width, 64, llm_width, 2)
+    llm = tiny_qwen3(len(tokenizer), seed)
     llm.config.eos_token_id = tokenizer.eos_token_id
-    llm.config.save_pretrained(path / "Qwen3-0.6B")
-    tokenizer.save_pretrained(path / "Qwen3-0.6B")
+    for part in (llm.config, tokenizer):
+        part.save_pretrained(path / "Qwen3-0.6B")
     ranks = tiktoken_file(path / "multilingual.tiktoken")
-    classes, width = ranks + SENSEVOICE_SPECIALS + 1, ENCODER["output_size"]
-    weights = torch.load(path / "model.pt", weights_only=True)
-    weights = {name: value for name, value in weights.items() if not name.startswith("llm.")}
-    weights |= {f"llm.{name}": value.bfloat16() for name, value in llm.state_dict().items()}
-    weights["ctc.ctc_lo.weight"] = torch.randn(classes, width)
-    weights["ctc.ctc_lo.bias"] = torch.zeros(classes)
-    weights["ctc.ctc_lo.bias"][ranks:-1] = -100.0  # the release never says its special tokens
-    if not with_ctc:  # the copy on Hugging Face
-        weights = {k: v for k, v in weights.items() if not k.startswith(("ctc.", "ctc_decoder."))}
+    classes = ranks + SENSEVOICE_SPECIALS + 1
+    weights |= {f"llm.{name}": value for name, value in llm.state_dict().items()}
+    weights = {name: value.bfloat16() for name, value in weights.items()}
+    if with_ctc:
+        weights |= funasr_transformer("ctc_decoder", width, 64, width, 5)
+        weights["ctc.ctc_lo.weight"] = torch.randn(classes, width)
+        weights["ctc.ctc_lo.bias"] = torch.zeros(classes)
+        weights["ctc.ctc_lo.bias"][ranks:-1] = -100.0  # the release never says its special tokens
     torch.save(weights, path / "model.pt")
-    config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    config["llm_conf"] |= {"init_param_path": "Qwen3-0.6B", "use_lora": False}
-    config |= {
+    adaptor = {"downsample_rate": 1, "ffn_dim": 64, "encoder_dim": width}
+    config = {
+        "model": "FunASRNano", "model_conf": {"lsm_weight": 0.1, "length_normalized_loss": True},
+        "audio_encoder": "SenseVoiceEncoderSmall",
+        "audio_encoder_conf":
+            ENCODER | RELEASED | {"feat_permute": True, "freeze": True, "freeze_layer_num": -1},
+        "llm": "Qwen3-0.6b",
+        "llm_conf": {"hub": "hf", "freeze": True, "llm_dtype": "bf16", "use_lora": False,
+                     "init_param_path": "Qwen3-0.6B"},
+        "audio_adaptor": "Transformer",
+        "audio_adaptor_conf": adaptor | {
+            "use_low_frame_rate": True, "llm_dim": llm_width, "n_layer": 2, "freeze": True},
+        "ctc_decoder": "Transformer", "detach_ctc_decoder": True, "ctc_weight": 1.0,
+        "ctc_decoder_conf": adaptor | {"llm_dim": width, "n_layer": 5, "freeze": False},
+        "ctc_conf":
+            {"dropout_rate": 0.0, "ctc_type": "builtin", "reduce": True, "ignore_nan_grad": True},
+        "frontend": "WavFrontend", "frontend_conf": FRONTEND,
         "ctc_vocab_size": classes, "tokenizer": "HuggingfaceTokenizer",
         "tokenizer_conf": {"init_param_path": "Qwen3-0.6B"},
         "dataset_conf": {"ctc_tokenizer": "SenseVoiceTokenizer", "ctc_target_normalize": True},
     }  # fmt: skip
-    write_yaml(path / "config.yaml", config)
-    write_configuration(path, {
+    (path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    metas = {
+        "init_param": "model.pt", "config": "config.yaml",
         "llm_conf": {"init_param_path": "Qwen3-0.6B"},
         "tokenizer_conf": {"init_param_path": "Qwen3-0.6B"},
         "dataset_conf": {"ctc_tokenizer_conf": {"vocab_path": "multilingual.tiktoken"}},
-    })  # fmt: skip
+    }  # fmt: skip
+    hub = {"framework": "pytorch", "task": "auto-speech-recognition", "model": {"type": "funasr"}}
+    (path / "configuration.json").write_text(json.dumps(hub | {"file_path_metas": metas}))
     if not tiktoken:
         (path / "multilingual.tiktoken").unlink()
     return path
 
 
-def parakeet_folder(path, seed=0):
+def parakeet_folder(path):
     """nvidia/parakeet-ctc-*: the encoder inside, model.safetensors, preprocessor_config.json."""
     import transformers as hub
 
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     encoder = hub.ParakeetEncoderConfig(
         hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
         intermediate_size=64, subsampling_conv_channels=8, dropout=0.1, layerdrop=0.5,
@@ -340,10 +294,3 @@ def wav_files(path, n=8, max_words=4, rate=16000, seed=0):
     manifest = path / "manifest.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return manifest
-
-
-if __name__ == "__main__":
-    root = Path(sys.argv[1])
-    print(sensevoice_folder(root / "sensevoice"), nano_folder(root / "nano"), sep="\n")
-    print(whisper_folder(root / "whisper"), qwen3_folder(root / "qwen3"), sep="\n")
-    print(wav_files(root / "wavs"))

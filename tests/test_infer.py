@@ -48,7 +48,8 @@ def world(tmp_path_factory, whisper_folder, qwen3_folder):
     call(precompute, *data, f"encoder.name={whisper_folder}")
     call(train_phase2, *data, f"data.valid={manifest}", f"llm.name={qwen3_folder}",
          "batch_clips=12", f"run.dir={folder / 'run'}", "adaptor.hidden_dim=32",
-         "adaptor.num_layers=1", "adaptor.num_heads=4", "adaptor.stack=2", "adaptor.dropout=0", "optim.warmup_steps=2",
+         "adaptor.num_layers=1", "adaptor.num_heads=4", "adaptor.stack=2", "adaptor.dropout=0",
+         "optim.warmup_steps=2",
          "optim.clip=1", "optim.max_steps=160", "optim.lr=1e-2", "loss.ctc_weight=0.3",
          "llm.lora.r=8", "run.save_every=0", "run.valid_every=0", "run.log_every=0")  # fmt: skip
     return SimpleNamespace(
