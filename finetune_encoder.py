@@ -545,11 +545,6 @@ def read_run(folder):
     return run
 
 
-def read_base(path):
-    weights = model.read_weights(path, mmap=True)
-    return weights.get("state_dict", weights)
-
-
 def load_tensors(nano, weights, where):
     """All tensors of the parts that nano has, strictly."""
     parts = {name for name, _ in nano.named_children()}
@@ -560,7 +555,7 @@ def load_nano(parts, conf, llm_dtype, with_llm, with_ctc):
     """Fun-ASR-Nano of a model.pt. with_ctc: a file without CTC branch gets a random one."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    weights, folder = read_base(parts.base), Path(parts.base).parent
+    weights, folder = model.read_weights(parts.base, mmap=True), Path(parts.base).parent
     nano = parts.nano = FunASRNano(model.SenseVoiceEncoder(**conf["audio_encoder_conf"]))
     parts.frontend = NanoFrontend(**conf["frontend_conf"])
     if with_llm:
@@ -1073,7 +1068,9 @@ def step_file(folder, step):
 
 def main(cfg, check_only=False):
     conf, folder = cfg.train_conf, Path(cfg.output_dir)
-    device, dtype, rank, world = model.start(cfg.device, "bf16" if conf.use_bf16 else "fp32")
+    device, dtype, rank, world = model.start(
+        cfg.device, "bf16" if conf.use_bf16 else "fp32", without_bf16="train_conf.use_bf16=false"
+    )
     torch.set_float32_matmul_precision("high" if cfg.enable_tf32 else "highest")
     amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     run = SimpleNamespace(device=device, amp=amp, rank=rank, world=world)
@@ -1247,7 +1244,8 @@ def merge(run_dir, model_pt, out):
         raise model.UserError(f"{run_dir}: no finished run on a Fun-ASR-Nano; give its output_dir")
     if out.exists() and any(out.iterdir()):
         raise model.UserError(f"{out}: is not empty; give another folder")
-    weights, trained = dict(read_base(model_pt)), model.read_weights(Path(run_dir) / "trained.pt")
+    weights = dict(model.read_weights(model_pt, mmap=True))
+    trained = model.read_weights(Path(run_dir) / "trained.pt")
     if (found := model.hash_tensors(weights)) != run["base_hash"]:
         said = f"hash {found}, but {run_dir} was trained on {run['base_hash']}"
         raise model.UserError(f"{model_pt}: {said}")

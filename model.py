@@ -94,7 +94,7 @@ def load_config(arguments, defaults, aliases=None, optional=()):
         raise UserError(f"configuration: {str(error).splitlines()[0]}") from error
     values = flatten(config)
     required = [key for key, default in known.items() if default == "???"]
-    if missing := [key for key in required if values.get(key) in ("???", "", [])]:
+    if missing := [key for key in required if values.get(key) in ("???", "", "[]", [])]:
         raise UserError(f"required key not given: {', '.join(missing)}")
     return OmegaConf.create(config)
 
@@ -195,10 +195,11 @@ def run_main(main, defaults, doc, batch_key="batch_size", **spelling):
 # ---- processes and files ----------------------------------------------------
 
 
-def start(device="auto", dtype="auto", wait=timedelta(minutes=10)):
+def start(device="auto", dtype="auto", wait=timedelta(minutes=10), without_bf16="dtype=fp32"):
     """Join torchrun's group, if it started this process.
 
-    Input   dtype: auto (bf16 on a GPU), fp32, bf16 or fp16; wait: for another process, at most.
+    Input   dtype: auto (bf16 on a GPU), fp32, bf16 or fp16; wait: for another process, at most;
+            without_bf16: what a script's user sets on a GPU that has no bf16.
     Output  device, dtype of frozen weights and autocast, rank, world size.
     """
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -218,7 +219,7 @@ def start(device="auto", dtype="auto", wait=timedelta(minutes=10)):
     device = torch.device(device if ":" in device else local)
     torch.cuda.set_device(device)
     if dtype in ("auto", "bf16") and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(f"{torch.cuda.get_device_name()} has no bf16; set dtype=fp32")
+        raise UserError(f"{torch.cuda.get_device_name()} has no bf16; set {without_bf16}")
     # what stays fp32 beside half precision may be rounded to TF32
     torch.set_float32_matmul_precision("highest" if dtype == "fp32" else "high")
     # cuDNN's attention plans anew for every shape, and has given NaN gradients under a mask

@@ -651,7 +651,9 @@ def precision(cfg):
 
 def main(cfg):
     section = check(cfg)
-    device, dtype, rank, world = model.start(cfg.device, precision(cfg))
+    device, dtype, rank, world = model.start(
+        cfg.device, precision(cfg), without_bf16="training.fp16=false"
+    )
     amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     folder, zero = Path(cfg.training.output_dir), zero_settings(cfg)
     torch.manual_seed(cfg.seed)

@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import model
 import pytest
+
+import model
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in ("model", "report"))
@@ -35,7 +36,7 @@ def python_files():
 def test_every_configuration_is_taken(path):
     steered = path.parent.name == "steermoe"
     script = __import__("train_steermoe" if steered else OF_CONFIG[path.stem])
-    spelling = {"aliases": getattr(script, "ALIASES", None), "optional": getattr(script, "OPTIONAL", ())}
+    spelling = getattr(script, "SPELLING", {})
     cfg = model.load_config([str(path)], script.DEFAULTS, **spelling)
     assert cfg != model.load_config([], re.sub(r"\?\?\?", "x", script.DEFAULTS), **spelling)
 
