@@ -55,10 +55,10 @@ data:
 llm:
   name: ???              # only its embedding table and tokenizer are read
 adaptor:
+  dropout: 0.1
   hidden_dim: 2048
   num_layers: 4
   num_heads: 8
-  dropout: 0.1
   stack: 1               # encoder frames of an LLM position
   pre_norm: false
 loss:
@@ -405,8 +405,8 @@ def main(cfg):
             scores, score, found = validate(phase, valid, cache, cfg, device, amp, rank, world)
             model.log_metrics(folder, writer, step, scores)
             if rank == 0:
-                for target, text in found[:: max(1, len(found) // 2)]:
-                    tqdm.write(f"    said {target!r}, CTC reads {text.strip()!r}")
+                for target, text, *_ in found[:: max(1, len(found) // 2)]:
+                    tqdm.write(f"    said {target!r}, heard {text.strip()!r}")
                 if score < best:
                     save_results(phase, cfg, folder, identity)
             best = min(best, score)

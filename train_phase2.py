@@ -409,8 +409,8 @@ def main(cfg):
             scores, score, found = validate(phase, valid, cache, cfg, device, amp, rank, world)
             model.log_metrics(folder, writer, step, scores)
             if rank == 0:
-                for target, text, _ in found[:: max(1, len(found) // 2)]:
-                    tqdm.write(f"    said {target!r}, the LLM writes {text.strip()!r}")
+                for target, text, *_ in found[:: max(1, len(found) // 2)]:
+                    tqdm.write(f"    said {target!r}, heard {text.strip()!r}")
                 if score < best:
                     save_results(phase, cfg, folder, identity)
             best = min(best, score)
