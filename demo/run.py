@@ -159,7 +159,7 @@ def adaptor(cfg):
         ),
     }
     if other:
-        table["together, 11 clips of other speakers"] = rate(
+        table["together, 10 clips of other speakers"] = rate(
             transcribe(cfg, "other", phase2, other)
         )
     page = [run / "test.jsonl", f"{cfg.home}/transcripts.html"]
