@@ -1,8 +1,10 @@
-# make setup | test | lint | demo [SPEECH=folder/manifest.jsonl] | demo-steermoe | demo-telephone | bench
+# make setup | test | lint | demo | demo-telephone | demo-steermoe | bench
+# ARGS="key=value ..." goes to the script behind; SPEECH=folder/manifest.jsonl: your own speech
 PYTHON ?= python3
 PY := .venv/bin/python
+SPOKEN := $(if $(SPEECH),speech=$(SPEECH))
 
-.PHONY: setup test lint demo demo-steermoe demo-telephone bench
+.PHONY: setup test lint demo demo-telephone demo-steermoe bench
 
 setup: .venv/.done
 
@@ -12,7 +14,17 @@ setup: .venv/.done
 	touch $@
 
 test: setup
-	cd old && ../$(PY) -m pytest -q tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile tests
 
 lint: setup
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check *.py demo bench docs
+
+demo: setup
+	$(PY) demo/run.py adaptor $(SPOKEN) $(ARGS)
+
+demo-telephone demo-steermoe: setup
+	$(PY) demo/run.py $(@:demo-%=%) $(SPOKEN) $(ARGS)
+
+bench: setup
+	$(PY) bench/bench.py $(ARGS)

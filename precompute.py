@@ -100,7 +100,10 @@ def file_stamp(path):
 
 def read_index(path):
     """Rows [key, stamp, ...] of the clips in a shard, and of those left out of it."""
-    rows = json.loads(model.open_shard(path).metadata()["rows"])
+    about = model.open_shard(path).metadata() or {}
+    if "rows" not in about:
+        raise model.UserError(f"{path}: made by an earlier layout; give another cache.dir")
+    rows = json.loads(about["rows"])
     return rows["clips"], rows["dropped"]
 
 
