@@ -58,6 +58,7 @@ import model
 
 DEFAULTS = """
 # The release's values. A key marked + is not FunASR's, - changes nothing, = has only this value.
+# `<<: {...}`, YAML's merge key, puts its keys into the section around it: several on one line.
 model: FunASRNano        # hub name or folder of the whole model, where init_param is null
 init_param: null         # model.pt, its folder, or + a run folder of this script to go on from
 model_conf:
@@ -86,8 +87,7 @@ llm_conf:
 llm_weight: 1.0          # +
 audio_adaptor_conf:
   <<: {downsample_rate: 1, encoder_dim: 512, llm_dim: 1024, ffn_dim: 2048, n_layer: 2}
-  use_low_frame_rate: true
-  freeze: true
+  <<: {use_low_frame_rate: true, freeze: true}
 ctc_decoder_conf:
   <<: {downsample_rate: 1, encoder_dim: 512, llm_dim: 512, ffn_dim: 2048, n_layer: 5}
   freeze: false          # decoder and head
@@ -127,8 +127,7 @@ train_conf:
   grad_clip: 5.0         # of the gradient's norm; 0: off
   max_steps: 0           # + > 0: exactly so many, whatever max_epoch says
   log_interval: 100      # steps; 0: never, as of the next two
-  validate_interval: 2000  # also at the end of every epoch, and so is the next
-  save_checkpoint_interval: 2000
+  <<: {validate_interval: 2000, save_checkpoint_interval: 2000}  # also when an epoch ends
   early_stopping_patience: 0  # > 0: stop after so many validations without a better score
   valid_clips: 200       # + clips of each set that are scored and decoded; at the end all
   <<: {use_bf16: false, resume: true}
@@ -183,8 +182,7 @@ debug: false             # - there is no debug mode
 clean_data_set_list: []  # + clean rehearsal
 clean_valid_data_set_list: []  # + scored as it is, and through the simulated line
 output_dir: ???
-seed: 0                  # +
-device: auto             # + auto, cpu or cuda
+<<: {seed: 0, device: auto}  # + auto, cpu or cuda
 """
 
 SANM = "SenseVoiceEncoderSmall"
@@ -217,7 +215,9 @@ def check(cfg, say, verbose):
         value, only = OmegaConf.select(cfg, key), OmegaConf.select(default, key)
         if value != only:
             raise model.UserError(f"{key}: only {only!r} is implemented, got {value!r} {why}")
+    tokenizers = ("SenseVoiceTokenizer",)
     if cfg.audio_encoder != SANM:
+        tokenizers = ("char", "word")
         rest = "frontend_conf, llm_conf, audio_adaptor_conf and, but for freeze, audio_encoder_conf"
         say(f"note: a Whisper has its own front end and sizes; {rest} change nothing")
     for key, allowed in (
@@ -225,13 +225,9 @@ def check(cfg, say, verbose):
         ("llm_conf.llm_dtype", ("bf16", "fp32")),
         ("specaug", ("", "SpecAugLFR")),
         ("dataset_conf.batch_type", ("token", "length", "example")),
-        ("dataset_conf.ctc_tokenizer", ("SenseVoiceTokenizer", "char", "word")),
+        ("dataset_conf.ctc_tokenizer", tokenizers),
     ):
         model.one_of(allowed, cfg, key)
-    if (cfg.audio_encoder == SANM) != (cfg.dataset_conf.ctc_tokenizer == "SenseVoiceTokenizer"):
-        raise model.UserError(
-            "dataset_conf.ctc_tokenizer: Whisper's is char or word, Nano's neither"
-        )
     if cfg.llm_conf.use_lora and not cfg.llm_conf.freeze:
         raise model.UserError("llm_conf.use_lora: LoRA trains beside a frozen LLM; set freeze=true")
     if not 0 <= cfg.data_mix < 1 or max(line.packet_loss_rate) >= 1:
@@ -267,20 +263,16 @@ def simulate_telephone(wave, conf, rng):
         peak = 10 ** (rng.uniform(*conf.level_db) / 20)
         wave = wave / wave.abs().max().clamp(min=1e-5) * peak
     if rng.random() < conf.codec_prob:
-        wave = through_codec(wave, rng.choice(list(conf.codecs)))
+        file, codec = io.BytesIO(), CODECS[rng.choice(list(conf.codecs))]
+        soundfile.write(file, wave.clamp(-1, 1).numpy(), 8000, format="WAV", subtype=codec)
+        file.seek(0)
+        decoded = torch.from_numpy(soundfile.read(file, dtype="float32")[0])
+        missing = max(0, len(wave) - len(decoded))  # GSM has blocks of 20 ms
+        wave = F.pad(decoded, (0, missing))[: len(wave)]
     if rng.random() < conf.packet_loss_prob:
         rate = rng.uniform(*conf.packet_loss_rate)
         wave = lose_packets(wave, rate, conf.packet_loss_burst, rng)
     return wave
-
-
-def through_codec(wave, codec):
-    """Encode and decode 8 kHz speech with libsndfile: G.711 mu-law or A-law, or GSM 06.10."""
-    file = io.BytesIO()
-    soundfile.write(file, wave.clamp(-1, 1).numpy(), 8000, format="WAV", subtype=CODECS[codec])
-    file.seek(0)
-    decoded = torch.from_numpy(soundfile.read(file, dtype="float32")[0])
-    return F.pad(decoded, (0, max(0, len(wave) - len(decoded))))[: len(wave)]  # GSM: 20 ms blocks
 
 
 def lose_packets(wave, rate, burst, rng):
@@ -424,9 +416,7 @@ class FunASRTransformer(nn.Module):
             padding, even NaN, never reaches a real one.
     """
 
-    def __init__(
-        self, downsample_rate=1, encoder_dim=512, llm_dim=1024, ffn_dim=2048, n_layer=2, **_
-    ):
+    def __init__(self, encoder_dim, llm_dim, ffn_dim, n_layer, downsample_rate=1, **_):
         super().__init__()  # FunASR's sections have more keys, such as freeze
         self.stack, self.width = downsample_rate, llm_dim
         self.linear1 = nn.Linear(encoder_dim * downsample_rate, ffn_dim)
@@ -483,10 +473,8 @@ class FunASRNano(nn.Module):
 
     def blocks(self):
         """Blocks of the encoder, from input to output."""
-        net = self.audio_encoder
-        if isinstance(net, model.SenseVoiceEncoder):
-            return [*net.encoders0, *net.encoders, *net.tp_encoders]
-        return [*net.layers]
+        stacks = [part for part in self.audio_encoder.modules() if isinstance(part, nn.ModuleList)]
+        return [block for stack in stacks for block in stack]
 
     def encode(self, feats, lens):
         """(B, T, F) -> enc (B, T', W) fp32, lens (B,)."""
@@ -507,8 +495,8 @@ class FunASRNano(nn.Module):
 
     def hear(self, enc, lens):
         """enc, lens -> model.Heard, None where the part is missing."""
-        speech, speech_lens = (None, None) if self.llm is None else self.listen(enc, lens)
-        heard = model.Heard(speech, speech_lens, lens)
+        speech = (None, None) if self.llm is None else self.listen(enc, lens)
+        heard = model.Heard(*speech, lens)
         if self.ctc is not None:
             heard.log_probs, heard.lens = self.ctc_log_probs(enc, lens)
             best = heard.log_probs.argmax(-1).cpu()
@@ -558,6 +546,7 @@ def load_nano(parts, conf, llm_dtype, with_llm, with_ctc):
     weights, folder = model.read_weights(parts.base, mmap=True), Path(parts.base).parent
     nano = parts.nano = FunASRNano(model.SenseVoiceEncoder(**conf["audio_encoder_conf"]))
     parts.frontend = NanoFrontend(**conf["frontend_conf"])
+    parts.base_hash = model.hash_tensors(weights)
     if with_llm:
         path = folder / conf["llm_conf"]["init_param_path"]
         if not (path / "config.json").is_file():
@@ -566,27 +555,15 @@ def load_nano(parts, conf, llm_dtype, with_llm, with_ctc):
         nano.llm = AutoModelForCausalLM.from_config(config, dtype=llm_dtype)
         nano.audio_adaptor = FunASRTransformer(**conf["audio_adaptor_conf"])
         nano.low_rate = conf["audio_adaptor_conf"]["use_low_frame_rate"]
-    has_ctc = "ctc.ctc_lo.weight" in weights
-    if has_ctc or with_ctc:
+    parts.random_ctc = with_ctc and "ctc.ctc_lo.weight" not in weights
+    if with_ctc or "ctc.ctc_lo.weight" in weights:
         vocabulary = conf.get("dataset_conf", {}).get("ctc_tokenizer_conf", {}).get("vocab_path")
         coder = SenseVoiceTokenizer(vocabulary or folder / "multilingual.tiktoken")
         nano.ctc_decoder, parts.ctc_tokenizer = FunASRTransformer(**conf["ctc_decoder_conf"]), coder
         nano.ctc = CTCOutput(nano.ctc_decoder.width, coder.classes, **conf["ctc_conf"])
-    parts.random_ctc = with_ctc and not has_ctc
-    random = {k: v for k, v in nano.state_dict().items() if parts.random_ctc and k.startswith(CTC)}
-    load_tensors(nano, weights | random, parts.base)
-    parts.base_hash = model.hash_tensors(weights)
-
-
-def load_whisper(parts, conf, texts, symbols):
-    """A Whisper's encoder with a CTC head over `symbols`, or over those of the texts."""
-    encoder, kind = model.load_encoder(parts.base), conf["dataset_conf"]["ctc_tokenizer"]
-    if not isinstance(encoder, model.WhisperEncoder):
-        raise model.UserError(f"audio_encoder={parts.base}: expected {SANM} or a Whisper")
-    parts.ctc_tokenizer = SymbolTokenizer(kind, texts, symbols)
-    ctc = CTCOutput(encoder.width, parts.ctc_tokenizer.classes, **conf["ctc_conf"])
-    parts.nano, parts.frontend, parts.random_ctc = FunASRNano(encoder, ctc=ctc), encoder, True
-    parts.base_hash = encoder.identity["weights"]
+    if parts.random_ctc:
+        weights = weights | {k: v for k, v in nano.state_dict().items() if k.startswith(CTC)}
+    load_tensors(nano, weights, parts.base)
 
 
 def load_parts(conf, start, llm_dtype, with_llm, with_ctc=False, texts=(), moved=""):
@@ -606,7 +583,13 @@ def load_parts(conf, start, llm_dtype, with_llm, with_ctc=False, texts=(), moved
     if conf["audio_encoder"] == SANM:
         load_nano(parts, conf, llm_dtype, with_llm, with_ctc or "ctc.ctc_lo.weight" in first)
     else:
-        load_whisper(parts, conf, texts, run.get("ctc_symbols"))
+        encoder, kind = model.load_encoder(base), conf["dataset_conf"]["ctc_tokenizer"]
+        if not isinstance(encoder, model.WhisperEncoder):
+            raise model.UserError(f"audio_encoder={base}: expected {SANM} or a Whisper")
+        coder = parts.ctc_tokenizer = SymbolTokenizer(kind, texts, run.get("ctc_symbols"))
+        ctc = CTCOutput(encoder.width, coder.classes, **conf["ctc_conf"])
+        parts.nano, parts.frontend, parts.random_ctc = FunASRNano(encoder, ctc=ctc), encoder, True
+        parts.base_hash = encoder.identity["weights"]
     if run and run["base_hash"] != parts.base_hash:
         said = f"its hash is {parts.base_hash}, in training it was {run['base_hash']}"
         raise model.UserError(f"{base}: is not what {start} was trained on, {said}")
@@ -636,16 +619,16 @@ def load_for_training(cfg, device):
     llm = torch.bfloat16 if half else torch.float32, cfg.llm != "none"
     parts = load_parts(OmegaConf.to_container(cfg), start, *llm, cfg.ctc_weight > 0, texts)
     if parts.random_ctc and cfg.ctc_decoder_conf.freeze:
-        said = "and a frozen random one is noise: set ctc_decoder_conf.freeze=false"
-        raise model.UserError(f"{parts.base}: has no CTC branch (ModelScope's has), {said}")
+        said = "a frozen random one is noise: set ctc_decoder_conf.freeze=false"
+        raise model.UserError(f"{parts.base}: has no CTC branch (ModelScope's has), and {said}")
     frozen = {name: cfg[f"{name}_conf"].freeze for name in ("audio_encoder", "audio_adaptor")}
-    frozen |= {name: cfg.ctc_decoder_conf.freeze for name in CTC}
+    frozen |= dict.fromkeys(CTC, cfg.ctc_decoder_conf.freeze)
     frozen["llm"] = cfg.llm_conf.freeze and not cfg.llm_conf.use_lora  # LoRA has done it
     out = [part for name, part in parts.nano.named_children() if frozen[name]]
     blocks, lowest = parts.nano.blocks(), max(0, cfg.audio_encoder_conf.freeze_layer_num)
     if lowest >= len(blocks):
-        said = f"the encoder has {len(blocks)} blocks"
-        raise model.UserError(f"audio_encoder_conf.freeze_layer_num={lowest}: {said}")
+        wanted = f"audio_encoder_conf.freeze_layer_num={lowest}"
+        raise model.UserError(f"{wanted}: the encoder has {len(blocks)} blocks")
     if lowest and isinstance(parts.frontend, model.WhisperEncoder):
         out += [parts.frontend.net.conv1, parts.frontend.net.conv2]
     for part in out + blocks[:lowest]:
@@ -734,9 +717,9 @@ def read_data(cfg, parts, say):
         for reason in sorted({clip.reason for clip in clips}):
             group = [clip for clip in clips if clip.reason == reason]
             longest = max(group, key=lambda clip: clip.seconds)
-            hours = sum(clip.seconds for clip in group) / 3600
-            said = f"{len(group)} clips{', left out, ' * bool(reason)}{reason}, {hours:.3f} h"
-            say(f"{name}: {said}, the longest is {longest.key} ({longest.seconds:.1f} s)")
+            said = f"{len(group)} clips{', left out, ' * bool(reason)}{reason}"
+            say(f"{name}: {said}, {sum(clip.seconds for clip in group) / 3600:.3f} h, "
+                f"the longest is {longest.key} ({longest.seconds:.1f} s)")  # fmt: skip
         data.dropped |= {(clip.kind, clip.key): clip for clip in clips if clip.reason}
         setattr(data, name, [clip for clip in clips if not clip.reason])
     check_readable(data.dropped, cfg)
@@ -812,19 +795,17 @@ class Clips(torch.utils.data.Dataset):
 
     def __init__(self, clips, frontend, cfg, rank):
         self.clips, self.frontend, self.cfg, self.rank = clips, frontend, cfg, rank
-        self.wide, stacked = frontend, isinstance(frontend, NanoFrontend)
-        if stacked:
-            self.wide = NanoFrontend(**{**cfg.frontend_conf, "fs": 16000})
+        stacked = isinstance(frontend, NanoFrontend)  # else Whisper's, which has 16 kHz anyway
+        self.wide = NanoFrontend(**{**cfg.frontend_conf, "fs": 16000}) if stacked else frontend
         masks = {k: v for k, v in cfg.specaug_conf.items() if "time_warp" not in k}
-        masks["lfr_rate"] *= stacked  # Whisper's frames are not stacked
+        masks["lfr_rate"] *= stacked
         self.masking = model.SpecAugLFR(**masks) if cfg.specaug else None
 
     def __getitem__(self, place):
         epoch, number, group = place
         items = [self.load(self.clips[n], epoch) for n in group[self.rank]]
         clips, feats, twins = map(list, zip(*items, strict=True))
-        distill = bool(self.cfg.distill_weight)
-        twin_of = [n for n, twin in enumerate(twins) if distill and twin is not None]
+        twin_of = [n for n, twin in enumerate(twins) if twin is not None]
         feats += [twins[n] for n in twin_of]
         lens = torch.tensor([len(x) for x in feats])
         frames = int(self.frontend.out_lens(lens[len(clips) :]).sum())
@@ -832,7 +813,7 @@ class Clips(torch.utils.data.Dataset):
         return Batch(feats, lens, clips, twin_of, frames, epoch, number + 1)
 
     def load(self, clip, epoch):
-        """Clip, its features, and those of the same speech, clean, or None."""
+        """Clip, its features, and with distillation those of the same speech, clean, or None."""
         name = f"{self.cfg.seed}-{epoch}-{clip.key}"
         try:
             heard, twin = self.features(clip, epoch, name)
@@ -842,7 +823,7 @@ class Clips(torch.utils.data.Dataset):
         if self.masking is not None and epoch >= 0:
             seed = int(model.hash_text(f"{name} masks")[:15], 16)
             heard = self.masking(heard, torch.Generator().manual_seed(seed))
-        return clip, heard, twin
+        return clip, heard, twin if self.cfg.distill_weight else None
 
     def features(self, clip, epoch, name):
         cfg, rng, rate = self.cfg, random.Random(name), self.frontend.sample_rate
@@ -879,13 +860,9 @@ class Finetune(nn.Module):
         self.nano, self.tokenizer, self.cfg, self.original = parts.nano, parts.tokenizer, cfg, None
         if cfg.distill_weight:
             self.original = model.freeze(copy.deepcopy(parts.nano.audio_encoder))
-        ce, ctc = self.nano.llm is not None, self.nano.ctc is not None
-        weights = {"ce": cfg.llm_weight * ce, "ctc": cfg.ctc_weight * ctc}
-        weights["distill"] = cfg.distill_weight
-        self.weights = {name: weight for name, weight in weights.items() if weight}
-
-    def prompts(self, clips):
-        return [nano_prompt(self.tokenizer, clip.hotwords) for clip in clips]
+        losses = {"ce": (cfg.llm_weight, self.nano.llm), "ctc": (cfg.ctc_weight, self.nano.ctc)}
+        losses["distill"] = (cfg.distill_weight, self.original)
+        self.weights = {name: w for name, (w, part) in losses.items() if w and part is not None}
 
     def forward(self, feats, batch):
         """Sums over the batch: CE (nats), right tokens, CTC (nats), clips that CTC leaves out,
@@ -896,8 +873,8 @@ class Finetune(nn.Module):
         sums = {"ce": zero, "right": 0, "ctc": zero, "impossible": 0, "distill": zero}
         if "ce" in self.weights:
             embed, speech = nano.llm.get_input_embeddings(), nano.listen(enc, lens)
-            targets = [clip.ids for clip in clips]
-            spliced = model.splice(embed, self.prompts(clips), *speech, targets)
+            prompts = [nano_prompt(self.tokenizer, clip.hotwords) for clip in clips]
+            spliced = model.splice(embed, prompts, *speech, [clip.ids for clip in clips])
             smoothing = self.cfg.model_conf.lsm_weight if self.training else 0.0
             sums["ce"], _, sums["right"] = model.transcript_loss(nano.llm, spliced, smoothing)
         if "ctc" in self.weights:
@@ -988,45 +965,45 @@ def train_step(wrapped, tuner, optimizer, batches, run, window):
 def evaluate(tuner, data, parts, run, most=sys.maxsize):
     """Error rates and losses over `most` clips of each validation set; the processes share them.
 
-    Output  scores {telephone_llm_er: ...}, and {set: [(clip, LLM's text, CTC's text)]}
+    Output  scores {telephone_llm_er: ...}, and [(clip, LLM's text, CTC's text)]
     """
     tuner.eval()
-    cfg, scores, texts = tuner.cfg, {}, {}
+    cfg, places, found, sums, scores = tuner.cfg, [], [], Counter(), {}
     for kind in SETS:
-        clips = [clip for clip in data.valid if clip.kind == kind]
-        spread = np.linspace(0, len(clips) - 1, min(most, len(clips))).astype(int)
-        clips, found, sums = [clips[n] for n in spread], [], Counter()
-        if not clips:
-            continue
-        lengths = [clip.length for clip in clips]
-        limit = max(batch_limits(cfg)[0], *lengths)
-        groups = model.length_batches(lengths, limit, 1, 0, 1, 16)
-        places = [(-1, 0, group) for group in groups[run.rank :: run.world]]
-        for batch in load_batches(clips, places, parts, cfg, 0, run.device):
-            with run.amp:
-                losses = tuner(batch.feats.to(run.device), batch)
-                heard, said = losses["heard"], transcribe(tuner, losses["heard"], batch.clips)
-            sums.update({name: float(losses[name]) for name in tuner.weights})
-            sums.update({f"n_{name}": count for name, count in batch.labels(cfg).items()})
-            read = [parts.ctc_tokenizer.decode(path) for path in heard.paths or []]
-            found += zip(batch.clips, said, read or [None] * len(said), strict=True)
-        shared = [(found, sums)] * run.world
-        if run.world > 1:
-            dist.all_gather_object(shared, (found, sums))
-        rows = [row for part, _ in shared for row in part]
-        sums = Counter()
-        for _, part in shared:
-            sums.update(part)  # a sum of Counters would leave a NaN out
-        data.dropped |= {(kind, clip.key): clip for clip, _, _ in rows if clip.reason}
-        texts[kind] = [row for row in rows if not row[0].reason]
+        chosen = [n for n, clip in enumerate(data.valid) if clip.kind == kind]
+        spread = np.linspace(0, len(chosen) - 1, min(most, len(chosen))).astype(int)
+        chosen = [chosen[n] for n in spread]
+        lengths = [data.valid[n].length for n in chosen]
+        limit = max([batch_limits(cfg)[0], *lengths])
+        groups = model.length_batches(lengths, limit, 1, 0, 1, 16) if chosen else []
+        places += [(-1, 0, [[chosen[n] for n in batch]]) for (batch,) in groups]
+    places = places[run.rank :: run.world]
+    for batch in load_batches(data.valid, places, parts, cfg, 0, run.device):
+        kind = batch.clips[0].kind
+        with run.amp:
+            losses = tuner(batch.feats.to(run.device), batch)
+            heard, said = losses["heard"], transcribe(tuner, losses["heard"], batch.clips)
+        sums.update({(kind, name): float(losses[name]) for name in tuner.weights})
+        sums.update({(kind, f"n_{name}"): count for name, count in batch.labels(cfg).items()})
+        read = [parts.ctc_tokenizer.decode(path) for path in heard.paths or []]
+        found += zip(batch.clips, said, read or [None] * len(said), strict=True)
+    shared = [(found, sums)] * run.world
+    if run.world > 1:
+        dist.all_gather_object(shared, (found, sums))
+    rows, sums = [row for part, _ in shared for row in part], Counter()
+    for _, part in shared:
+        sums.update(part)  # a sum of Counters would leave a NaN out
+    data.dropped |= {(clip.kind, clip.key): clip for clip, _, _ in rows if clip.reason}
+    rows = [row for row in rows if not row[0].reason]
+    for kind in SETS:
         for name, column in (("llm_er", 1), ("ctc_er", 2)):
-            pairs = [(row[0].target, row[column]) for row in texts[kind] if row[0].target]
+            pairs = [(r[0].target, r[column]) for r in rows if r[0].kind == kind and r[0].target]
             if pairs and pairs[0][1] is not None:
                 scores[f"{kind}_{name}"] = model.error_rate(*zip(*pairs, strict=True))["rate"]
-        counted = [name for name in tuner.weights if sums[f"n_{name}"]]
-        scores |= {f"{kind}_{name}": sums[name] / sums[f"n_{name}"] for name in counted}
+        counted = [name for name in tuner.weights if sums[kind, f"n_{name}"]]
+        scores |= {f"{kind}_{n}": sums[kind, n] / sums[kind, f"n_{n}"] for n in counted}
     tuner.train()
-    return scores, texts
+    return scores, rows
 
 
 def transcribe(tuner, heard, clips):
@@ -1035,7 +1012,8 @@ def transcribe(tuner, heard, clips):
     if llm is None:
         return [None] * len(clips)
     embed, speech = llm.get_input_embeddings(), (heard.speech, heard.speech_lens)
-    spliced = model.splice(embed, tuner.prompts(clips), *speech, pad_left=True)
+    prompts = [nano_prompt(tokenizer, clip.hotwords) for clip in clips]
+    spliced = model.splice(embed, prompts, *speech, pad_left=True)
     caps = [model.token_cap(clip.seconds) for clip in clips]
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
     answers = model.greedy_decode(llm, spliced, stop, caps)
@@ -1074,7 +1052,7 @@ def main(cfg, check_only=False):
     torch.set_float32_matmul_precision("high" if cfg.enable_tf32 else "highest")
     amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     run = SimpleNamespace(device=device, amp=amp, rank=rank, world=world)
-    say, on_gpu = print if rank == 0 else lambda *_: None, device.type == "cuda"
+    say = print if rank == 0 else lambda *_: None
     check(cfg, say, check_only)
     torch.manual_seed(cfg.seed)
     parts = load_for_training(cfg, device)
@@ -1089,10 +1067,12 @@ def main(cfg, check_only=False):
         f"checkpoints of {size:.0f} MiB | {device} {dtype}, torch {torch.__version__}")  # fmt: skip
     if check_only:
         return
-    valid = model.hash_text([[clip.kind, clip.key] for clip in data.valid])
-    identity = {"base": {"name": parts.base, "weights": parts.base_hash}, "valid": {"clips": valid}}
     symbols = parts.ctc_tokenizer and parts.ctc_tokenizer.symbols
-    identity["trained"] = {"tensors": model.hash_text([sorted(trained), symbols])}
+    identity = {
+        "base": {"name": parts.base, "weights": parts.base_hash},
+        "valid": {"clips": model.hash_text([[clip.kind, clip.key] for clip in data.valid])},
+        "trained": {"tensors": model.hash_text([sorted(trained), symbols])},
+    }
     state = model.open_run(folder, cfg, identity, conf.resume, rank, world)
     names = ("step", "epoch", "used", "kept", "idle", "best", "before", "spent")
     step, epoch, used, kept, idle, best, before, spent = 0, 0, 0, [], 0, [math.inf], None, 0.0
@@ -1142,7 +1122,7 @@ def main(cfg, check_only=False):
                 "impossible": window["impossible"],
                 "dropped": sum(not clip.seconds for clip in data.dropped.values()),
                 "audio_s_per_s": window["audio_s"] / (time.time() - since),
-                "gpu_gib": torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else 0.0,
+                "gpu_gib": torch.cuda.max_memory_allocated() / 2**30,  # 0 without a GPU
             })  # fmt: skip
             window, since = Counter(), time.time()
         if epoch_ends or model.due(step, conf.validate_interval, total):
@@ -1180,9 +1160,8 @@ def finish(tuner, data, parts, run, kept, before, step):
     states = {"best": model.read_weights(paths[0]), "average": average}
     for name, state in states.items():
         load_tensors(nano, nano.state_dict() | state, name)
-        found[name] = (
-            found["best"] if found and len(paths) == 1 else evaluate(tuner, data, parts, run)
-        )
+        known = len(paths) == 1 and found.get("best")  # of one checkpoint it is the average
+        found[name] = known or evaluate(tuner, data, parts, run)
     chosen = min(found, key=lambda name: rank_of(found[name][0], tuner))
     shared = [data.dropped] * run.world
     if run.world > 1:
@@ -1194,25 +1173,25 @@ def finish(tuner, data, parts, run, kept, before, step):
     model.save(folder / "dropped.jsonl", rows)
     model.save(folder / "avg.pt", average)
     model.save(folder / "trained.pt", states[chosen])
-    symbols = parts.ctc_tokenizer and parts.ctc_tokenizer.symbols
     content = {"format": model.FORMAT, "script": "finetune_encoder", "base": parts.base}
-    content |= {"base_hash": parts.base_hash, "ctc_symbols": symbols}
-    model.save(folder / "config.json", content | {"conf": OmegaConf.to_container(cfg)})
-    after, texts = found[chosen]
+    content |= {"base_hash": parts.base_hash, "conf": OmegaConf.to_container(cfg)}
+    content |= {"ctc_symbols": parts.ctc_tokenizer and parts.ctc_tokenizer.symbols}
+    model.save(folder / "config.json", content)
+    after, rows = found[chosen]
     table = ["| set | read-out | before | after |", "|---|---|---|---|"]
     for name in (name for name in after if name.endswith("_er")):
         old = f"{100 * before[name]:.1f} %" if name in before else "–"
         kind, read_out, _ = name.split("_")
         table.append(f"| {kind} dev | {read_out.upper()} | {old} | {100 * after[name]:.1f} % |")
-    rows = [(c, (llm if llm is not None else ctc) or "") for c, llm, ctc in sum(texts.values(), [])]
+    rows = [(c, (llm if llm is not None else ctc) or "") for c, llm, ctc in rows]
     rows.sort(key=lambda row: -model.error_rate([row[0].target], [row[1]])["rate"])
     worst = [f"{c.key} ({c.kind}): {c.target!r} -> {text!r}" for c, text in rows[:20]]
     print("\n".join([*table, f"the {chosen} of steps {[n for _, n in kept]}; worst:", *worst[:5]]))
     model.save(folder / "table.md", "\n".join(table) + "\n")
     model.save(folder / "worst.txt", "\n".join(worst) + "\n")
+    plot_curves(folder)
     content = {name: scores for name, (scores, _) in found.items()} | {"before": before}
     content |= {"after": after, "chosen": chosen, "steps": step}
-    plot_curves(folder)
     model.save(folder / "results.json", content)  # the last: now the run is finished
 
 
@@ -1239,7 +1218,7 @@ def plot_curves(folder):
 
 def merge(run_dir, model_pt, out):
     """Write a folder that funasr's AutoModel loads: the base's files, the changes in model.pt."""
-    run, out, base = read_run(run_dir), Path(out), Path(model_pt).parent
+    run, out = read_run(run_dir), Path(out)
     if not run or run["conf"]["audio_encoder"] != SANM:
         raise model.UserError(f"{run_dir}: no finished run on a Fun-ASR-Nano; give its output_dir")
     if out.exists() and any(out.iterdir()):
@@ -1259,7 +1238,7 @@ def merge(run_dir, model_pt, out):
         elif ".lora_B." not in name:
             weights[name] = value  # fp32: bf16 would round small updates away
     leave = shutil.ignore_patterns(Path(model_pt).name, ".git")
-    shutil.copytree(base, out, ignore=leave, dirs_exist_ok=True)
+    shutil.copytree(Path(model_pt).parent, out, ignore=leave, dirs_exist_ok=True)
     weights = {name: value.clone() for name, value in weights.items()}  # no longer memory-mapped
     model.save(out / "model.pt", weights)
     print(f"{len(trained)} changed tensors in {len(weights)} -> {out}")
@@ -1310,7 +1289,7 @@ def command_line(arguments):
         if len(arguments) != 5 or arguments[3] != "-o":
             sys.exit("error: expected merge RUN_DIR MODEL.pt -o FOLDER")
         run_dir, model_pt, _, out = arguments[1:]
-        return lambda cfg: merge(run_dir, model_pt, cfg.output_dir), [f"output_dir={out}"]
+        return lambda cfg: merge(run_dir, model_pt, out), [f"output_dir={out}"]
     rest = [argument for argument in arguments if argument != "--check"]
     return functools.partial(main, check_only=len(rest) < len(arguments)), rest
 
