@@ -1,42 +1,41 @@
-"""FunASRNano against funasr's own class on the same weights, its front ends, strict loading."""
+"""FunASRNano against funasr's own class on the same weights, its front ends, loading, merging."""
 
 import shutil
 from pathlib import Path
 
 import make_twins
 import pytest
-import soundfile
+import test_finetune
 import torch
 import yaml
+from test_finetune import infer_on, train, weights
 from torch.nn.utils.rnn import pad_sequence
 
 import finetune_encoder as ft
 import model
 
+world, faster = test_finetune.world, test_finetune.faster  # fixtures
 REAL = sorted(Path(__file__).parents[1].glob("runs/demo/**/real/*.wav"))[::9][:60]
+TEXTS = ["one two please hold", "five", "今天天气很好"]
 
 
-def load(folder, with_llm=True, **sections):
-    conf = yaml.safe_load((Path(folder) / "config.yaml").read_text()) | sections
+def load(folder, with_llm=True):
+    conf = yaml.safe_load((Path(folder) / "config.yaml").read_text())
     return ft.load_parts(conf, Path(folder) / "model.pt", torch.float32, with_llm)
 
 
-@pytest.fixture
-def copied(official_folder, tmp_path):
-    return Path(shutil.copytree(official_folder, tmp_path / "nano"))
-
-
-# ---- the same numbers as funasr ---------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def theirs(official_folder):
-    """funasr's AutoModel on the twin, LLM in fp32 and no dither, so that numbers compare."""
+def funasr_model(folder):
+    """funasr's AutoModel, LLM in fp32 and no dither, so that numbers compare."""
     from funasr import AutoModel
 
     settings = {"llm_conf": {"llm_dtype": "fp32"}, "frontend_conf": {"dither": 0.0}, "ncpu": 1}
     quiet = {"device": "cpu", "disable_update": True, "disable_pbar": True}
-    return AutoModel(model=str(official_folder), **quiet, **settings)
+    return AutoModel(model=str(folder), **quiet, **settings)
+
+
+@pytest.fixture(scope="module")
+def theirs(official_folder):
+    return funasr_model(official_folder)
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +48,8 @@ def ours(official_folder):
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    folder, paths = tmp_path_factory.mktemp("clips"), []
-    for n, words in enumerate((["one", "two", "please", "hold"], ["five"], ["press", "three"])):
-        paths.append(folder / f"{n}.wav")
-        soundfile.write(paths[-1], make_twins.spoken(words, seed=n), 16000)
-    return paths
+    manifest = make_twins.wav_files(tmp_path_factory.mktemp("clips"), n=3)
+    return sorted(manifest.parent.glob("*.wav"))
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +61,9 @@ def batch(ours, clips):
 def assert_same_rows(found, expected, lens):
     for row, n in enumerate(lens.tolist()):
         torch.testing.assert_close(found[row, :n], expected[row, :n], atol=1e-4, rtol=0)
+
+
+# ---- the same numbers as funasr ---------------------------------------------
 
 
 @torch.no_grad()
@@ -81,10 +80,10 @@ def test_encoder_adaptor_and_ctc_branch_equal_funasr(theirs, ours, batch):
     assert nano.ctc.blank == theirs.model.blank_id == ours.ctc_tokenizer.classes
 
 
-def funasr_batch(theirs, clips, texts):
-    """What funasr's dataset makes of clips and texts, right-padded with -1 as its collator does."""
+def funasr_batch(theirs, clips):
+    """What funasr's dataset makes of clips and TEXTS, right-padded with -1 as its collator does."""
     tokenizer, frontend, rows = theirs.kwargs["tokenizer"], theirs.kwargs["frontend"], []
-    for path, text in zip(clips, texts, strict=True):
+    for path, text in zip(clips, TEXTS, strict=True):
         chat = theirs.model.generate_chatml(theirs.model.get_prompt([]), str(path))
         chat[2]["content"] = text
         chat = theirs.model.data_template(chat)
@@ -99,13 +98,13 @@ def funasr_batch(theirs, clips, texts):
 
 @torch.no_grad()
 def test_spliced_llm_input_and_loss_equal_funasr(theirs, ours, batch, clips):
-    texts, seen, nano = ["one two please hold", "five", "今天天气很好"], {}, ours.nano
+    seen, nano = {}, ours.nano
     hook = theirs.model.llm.register_forward_pre_hook(
         lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True
     )
-    loss, _, _ = theirs.model.forward(**funasr_batch(theirs, clips, texts))
+    loss, _, _ = theirs.model.forward(**funasr_batch(theirs, clips))
     hook.remove()
-    targets = [f"{text}<|im_end|>" for text in texts]
+    targets = [f"{text}<|im_end|>" for text in TEXTS]
     targets = ours.tokenizer(targets, add_special_tokens=False)["input_ids"]
     prompts, embed = [ft.nano_prompt(ours.tokenizer)] * 3, nano.llm.get_input_embeddings()
     spliced = model.splice(embed, prompts, *nano.listen(*nano.encode(*batch)), targets)
@@ -116,32 +115,24 @@ def test_spliced_llm_input_and_loss_equal_funasr(theirs, ours, batch, clips):
 
 
 @torch.no_grad()
-def test_greedy_text_of_llm_and_ctc_equals_funasr(theirs, ours, clips, monkeypatch):
+def test_greedy_text_and_ctc_classes_equal_funasr(theirs, ours, clips, monkeypatch):
     monkeypatch.setattr(model, "cut_loop", lambda *a, **k: False)  # random weights repeat
-    nano, tokenizer = ours.nano, ours.tokenizer
-    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    nano, tokenizer, coder = ours.nano, ours.tokenizer, ours.ctc_tokenizer
+    stop, embed = tokenizer.convert_tokens_to_ids("<|im_end|>"), nano.llm.get_input_embeddings()
+    prompts = [ft.nano_prompt(tokenizer, "张三,李四", "中文")]
     asked = {"max_length": 20, "language": "中文", "hotwords": ["张三", "李四"]}
     for path in clips:
         expected = theirs.generate(input=[str(path)], **asked)[0]
         feats = ours.frontend.features(model.load_audio(path, 16000))[None]
         heard = nano.hear(*nano.encode(feats, torch.tensor([feats.shape[1]])))
-        prompts, embed = (
-            [ft.nano_prompt(tokenizer, "张三,李四", "中文")],
-            nano.llm.model.embed_tokens,
-        )
-        speech = heard.speech, heard.speech_lens
-        spliced = model.splice(embed, prompts, *speech, pad_left=True)
+        spliced = model.splice(embed, prompts, heard.speech, heard.speech_lens, pad_left=True)
         answer = model.greedy_decode(nano.llm, spliced, stop, [20])[0]
         text = tokenizer.decode(answer, skip_special_tokens=True).replace("/sil", " ")
         assert " ".join(text.split()) == " ".join(expected["text"].split())
-        assert ours.ctc_tokenizer.decode(heard.paths[0]) == expected["ctc_text"]
-
-
-def test_ctc_tokenizer_equals_funasr(theirs, ours):
+        assert coder.decode(heard.paths[0]) == expected["ctc_text"]
     for text in ("please press one", "don't  hold, thank you 123!", "今天天气很好 WiFi 吧"):
-        classes = ours.ctc_tokenizer.encode(text)
-        assert classes == theirs.model.ctc_tokenizer.encode(text)
-        assert ours.ctc_tokenizer.decode(classes) == text
+        assert coder.encode(text) == theirs.model.ctc_tokenizer.encode(text)
+        assert coder.decode(coder.encode(text)) == text
 
 
 def test_llm_positions_is_funasrs_formula():
@@ -155,14 +146,14 @@ def test_llm_positions_is_funasrs_formula():
 @torch.no_grad()
 def test_padding_changes_nothing(ours, batch):
     (feats, lens), nano = batch, ours.nano
+    row, count = int(lens.argmin()), ft.llm_positions(int(lens.min()))
     feats = feats.masked_fill(~model.length_mask(lens, feats.shape[1])[..., None], float("nan"))
     enc, enc_lens = nano.encode(feats, lens)
     enc = enc.masked_fill(~model.length_mask(lens, enc.shape[1])[..., None], float("nan"))
-    single = nano.encode(feats[1:2, : int(lens[1])], lens[1:2])
-    count = ft.llm_positions(int(lens[1]))
-    speech, expected = nano.listen(enc, enc_lens)[0][1, :count], nano.listen(*single)[0][0]
+    single = nano.encode(feats[row : row + 1, : lens[row]], lens[row : row + 1])
+    speech, expected = nano.listen(enc, enc_lens)[0][row, :count], nano.listen(*single)[0][0]
     torch.testing.assert_close(speech, expected, atol=1e-5, rtol=0)
-    scores = nano.ctc_log_probs(enc, enc_lens)[0][1, : lens[1]]
+    scores = nano.ctc_log_probs(enc, enc_lens)[0][row, : lens[row]]
     torch.testing.assert_close(scores, nano.ctc_log_probs(*single)[0][0], atol=1e-4, rtol=0)
 
 
@@ -208,10 +199,7 @@ def test_native_8_khz_has_the_features_of_the_upsampled_path():
     for waves in ([telephone_noise()], [model.load_audio(path, 8000) for path in REAL]):
         found = [(ft.telephone_fbank(x, dither=0.0) - upsampled(x)).abs() for x in waves]
         assert not found or torch.cat(found)[:, speech].mean() < 0.05
-
-
-def test_above_4_khz_the_dither_has_the_level_it_has_after_upsampling():
-    wave = torch.zeros(8000 * 20)
+    wave = torch.zeros(8000 * 20)  # above 4 kHz the dither has the level it has after upsampling
     ours, expected = ft.telephone_fbank(wave, dither=1.0), upsampled(wave, dither=1.0)
     torch.testing.assert_close(ours.mean(0), expected.mean(0), atol=0.25, rtol=0)
     torch.testing.assert_close(ours.std(0)[5:], expected.std(0)[5:], atol=0.25, rtol=0)
@@ -237,7 +225,7 @@ def test_dither_depends_on_the_key_alone_and_short_clips_are_named():
         frontend.features(torch.zeros(100), "a")
 
 
-# ---- loading ----------------------------------------------------------------
+# ---- loading, and back to funasr --------------------------------------------
 
 
 def test_a_copy_without_ctc_and_a_model_without_llm_load(official_folder, tmp_path):
@@ -247,57 +235,70 @@ def test_a_copy_without_ctc_and_a_model_without_llm_load(official_folder, tmp_pa
     assert parts.nano.llm is None and parts.tokenizer is None and parts.ctc_tokenizer is not None
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda w: w.pop("audio_encoder.after_norm.bias"), "Missing.*audio_encoder.after_norm.bias"),
-    (lambda w: w.pop("ctc.ctc_lo.bias"), "Missing.*ctc.ctc_lo.bias"),
-    (lambda w: w.update({"audio_encoder.extra": torch.zeros(1)}), "Unexpected.*extra"),
-    (lambda w: w.update({"audio_encoder.tp_norm.bias": torch.zeros(7)}), "size mismatch"),
-    (lambda w: [w.pop(name) for name in list(w) if name.startswith("llm.")], "Missing.*llm"),
-], ids=["encoder", "ctc", "unknown", "size", "llm"])  # fmt: skip
-def test_a_model_pt_that_does_not_fit_is_refused(copied, change, message):
-    weights = torch.load(copied / "model.pt", weights_only=True)
-    change(weights)
-    torch.save(weights, copied / "model.pt")
-    with pytest.raises(model.UserError, match=f"model.pt: does not fit.*{message}"):
-        load(copied)
-
-
-def test_a_missing_or_foreign_tokenizer_or_llm_is_refused(copied):
-    path = copied / "multilingual.tiktoken"
+def shorten(path):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(model.UserError, match="size mismatch for ctc.ctc_lo"):
-        load(copied)
-    path.unlink()
-    with pytest.raises(model.UserError, match="multilingual.tiktoken: no such file"):
-        load(copied)
-    shutil.rmtree(copied / "Qwen3-0.6B")
-    with pytest.raises(model.UserError, match="no config.json of the LLM"):
-        load(copied)
 
 
-def test_a_merged_run_loads_in_funasr_with_no_missing_key(official_folder, tmp_path, capsys):
-    from funasr import AutoModel
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda w, _: w.pop("audio_encoder.after_norm.bias"), "Missing.*encoder.after_norm.bias"),
+    (lambda w, _: w.pop("ctc.ctc_lo.bias"), "Missing.*ctc.ctc_lo.bias"),
+    (lambda w, _: w.update({"audio_encoder.extra": torch.zeros(1)}), "Unexpected.*extra"),
+    (lambda w, _: w.update({"audio_encoder.tp_norm.bias": torch.zeros(7)}), "size mismatch"),
+    (lambda w, _: [w.pop(name) for name in list(w) if name.startswith("llm.")], "Missing.*llm"),
+    (lambda _, folder: shorten(folder / "multilingual.tiktoken"), "mismatch for ctc.ctc_lo"),
+    (lambda _, folder: (folder / "multilingual.tiktoken").unlink(), "tiktoken: no such file"),
+    (lambda _, folder: shutil.rmtree(folder / "Qwen3-0.6B"), "no config.json of the LLM"),
+], ids=["encoder", "ctc", "unknown", "size", "llm", "short", "tokenizer", "folder"])  # fmt: skip
+def test_a_folder_that_does_not_fit_is_refused(official_folder, tmp_path, change, message):
+    folder = Path(shutil.copytree(official_folder, tmp_path / "nano"))
+    tensors = dict(weights(folder, "model"))
+    change(tensors, folder)
+    torch.save(tensors, folder / "model.pt")
+    with pytest.raises(model.UserError, match=message):
+        load(folder)
 
-    wav = make_twins.wav_files(tmp_path / "wavs", n=2, rate=8000)
-    arguments = [f"init_param={official_folder}", f"train_data_set_list={wav}", "llm=none"]
-    arguments += [f"valid_data_set_list={wav}", f"output_dir={tmp_path / 'run'}"]
-    conf = yaml.safe_load((official_folder / "config.yaml").read_text())
-    for part in ("audio_encoder_conf", "audio_adaptor_conf", "ctc_decoder_conf"):
-        arguments += [f"{part}.{key}={value}" for key, value in conf[part].items()]
-    arguments += ["audio_encoder_conf.freeze=false", "detach_ctc_decoder=false"]
-    arguments += ["train_conf.max_steps=1", "dataset_conf.num_workers=0", "optim_conf.lr=1e-2"]
-    ft.main(model.load_config(arguments, ft.DEFAULTS))
-    ft.merge(tmp_path / "run", official_folder / "model.pt", tmp_path / "merged")
+
+def test_merge_folds_lora_and_all_hear_the_same(world, official_folder, tmp_path, capsys):
+    released, merged = official_folder / "model.pt", tmp_path / "m"
+    extra = "llm=Qwen3-0.6b llm_conf.use_lora=true optim_conf.lr=1e-2 train_conf.max_steps=3"
+    run = train(world, tmp_path / "r", f"{extra} frontend_conf.fs=16000")
+    clip = world["folder"] / "wide" / "utt001.wav"
+    command, _ = ft.command_line(["merge", str(run), str(released), "-o", str(merged)])
+    command(None)
+    base, new, trained = weights(official_folder, "model"), weights(merged, "model"), weights(run)
+    assert base.keys() == new.keys()
+    differ = {name for name in base if not torch.equal(base[name].float(), new[name].float())}
+    assert {name.split(".")[0] for name in differ} == {"audio_encoder", "llm"}
+    assert all(torch.equal(new[name], trained[name]) for name in trained if "lora" not in name)
+    target = "llm.model.layers.1.self_attn.v_proj"
+    low, high = (trained[f"{target}.lora_{n}.default.weight"].double() for n in "AB")
+    wanted = base[f"{target}.weight"].double() + 32 / 16 * high @ low
+    assert new[f"{target}.weight"].dtype == torch.bfloat16
+    torch.testing.assert_close(new[f"{target}.weight"].double(), wanted, atol=0.01, rtol=0)
+    one, two = (infer_on(path, tmp_path, clip, "decode.readout=ctc")[0] for path in (run, merged))
+    assert one["text"] == two["text"] != "" and one["segments"] == two["segments"]
+    (read,) = infer_on(merged, tmp_path, clip, "hotwords=张三,李四", "decode.tokens_per_s=3")
+    assert read["ctc_text"] == one["text"] and "text" in read
     capsys.readouterr()
-    quiet = {"device": "cpu", "disable_update": True, "disable_pbar": True, "ncpu": 1}
-    theirs = AutoModel(model=str(tmp_path / "merged"), **quiet, llm_conf={"llm_dtype": "fp32"})
+    theirs = funasr_model(merged)
     assert "miss key" not in capsys.readouterr().out
-    trained = model.read_weights(tmp_path / "run" / "trained.pt")
-    base = model.read_weights(official_folder / "model.pt")
     for name, value in theirs.model.state_dict().items():
-        expected = trained.get(name, base[name]).float()
-        torch.testing.assert_close(value.float(), expected, atol=0, rtol=0, msg=name)
-    name = "audio_encoder.tp_norm.bias"
-    assert not torch.equal(trained[name], base[name].float())
-    read = theirs.generate(input=[str(tmp_path / "wavs" / "utt000.wav")], max_length=8)
-    assert isinstance(read[0]["ctc_text"], str)
+        assert torch.equal(value.float(), new[name].float()), name
+    assert isinstance(theirs.generate(input=[str(clip)], max_length=8)[0]["ctc_text"], str)
+    other = make_twins.official_folder(tmp_path / "other", seed=1) / "model.pt"
+    for arguments, message in (
+        ((run, other, tmp_path / "n"), "was trained on"),
+        ((run, released, merged), "is not empty"),
+        ((merged, released, merged), "no finished run"),
+    ):
+        with pytest.raises(model.UserError, match=message):
+            ft.merge(*arguments)
+
+
+def test_merge_keeps_tied_embeddings_tied(world, official_folder, tmp_path):
+    extra = "llm_conf.freeze=false llm=Qwen3-0.6b train_conf.max_steps=1"
+    run = train(world, tmp_path / "run", extra)
+    ft.merge(run, official_folder / "model.pt", tmp_path / "new")
+    table, new = weights(run)["llm.model.embed_tokens.weight"], weights(tmp_path / "new", "model")
+    assert torch.equal(new["llm.model.embed_tokens.weight"], table)
+    assert torch.equal(new["llm.lm_head.weight"], table)  # both names are the new ones
