@@ -290,9 +290,9 @@ def test_the_line_does_what_its_keys_say():
     assert float(quiet.abs().max()) == pytest.approx(0.1)
     noise = on_line(speech, "noise", snr_db=[10.0, 10.0]) - speech
     assert decibel(speech, noise) == pytest.approx(10, abs=0.2)
-    for codec, snr_db in (("mulaw", 30), ("alaw", 30), ("gsm", 3)):
+    for codec, low, high in (("mulaw", 30, 50), ("alaw", 30, 50), ("gsm", 3, 25)):  # SNR
         decoded = on_line(speech, "codec", codecs=[codec])
-        assert len(decoded) == len(speech) and 99 > decibel(speech, decoded - speech) > snr_db
+        assert len(decoded) == len(speech) and low < decibel(speech, decoded - speech) < high
     lost = ft.lose_packets(torch.ones(160 * 8000), 0.05, 2.5, random.Random(0)).view(-1, 160)
     assert bool(((lost == 0).all(1) | (lost == 1).all(1)).all())
     gone = (lost[:, 0] == 0).int()
