@@ -416,7 +416,9 @@ class FunASRTransformer(nn.Module):
             padding, even NaN, never reaches a real one.
     """
 
-    def __init__(self, encoder_dim, llm_dim, ffn_dim, n_layer, downsample_rate=1, **_):
+    def __init__(
+        self, downsample_rate=1, encoder_dim=512, llm_dim=1024, ffn_dim=2048, n_layer=2, **_
+    ):
         super().__init__()  # FunASR's sections have more keys, such as freeze
         self.stack, self.width = downsample_rate, llm_dim
         self.linear1 = nn.Linear(encoder_dim * downsample_rate, ffn_dim)

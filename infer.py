@@ -348,7 +348,8 @@ def build_prompts(clips, listener, cfg):
     for clip in clips:
         clip.prompt = listener.prompt(clip.row)
         # where the speech is CTC's, its head is trained and its count can be trusted
-        counted = clip.path is not None and len(clip.speech) == max(1, len(clip.path))
+        ctc = getattr(listener, "ctc", None)  # over the LLM's tokens
+        counted = ctc is not None and len(clip.speech) == max(1, len(clip.path))
         tokens = len(clip.path) if counted else None
         clip.cap = model.token_cap(clip.end - clip.start, cfg.decode.tokens_per_s, tokens)
         if clip.ctc_text and cfg.decode.speculative:

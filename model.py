@@ -272,7 +272,7 @@ def load_weights(module, weights, where):
     try:
         module.load_state_dict(weights)
     except (RuntimeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:300]
         raise UserError(f"{where}: does not fit the {type(module).__name__}: {reason}") from error
 
 
@@ -1069,7 +1069,10 @@ def load_llm(name, dtype=torch.float32, device="cpu", lora=None):
         import peft
 
         if isinstance(lora, dict):
-            wrapper = peft.get_peft_model(llm, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
+            try:
+                wrapper = peft.get_peft_model(llm, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
+            except ValueError as error:  # of names that the LLM's layers do not have
+                raise UserError(f"llm.lora: {' '.join(str(error).split())[:300]}") from error
         else:
             wrapper = peft.PeftModel.from_pretrained(llm, lora)
         wrapper.peft_config["default"].base_model_name_or_path = str(name)
@@ -1413,9 +1416,14 @@ def read_table(spec, columns):
     except Exception as error:  # of many types; the remedy is the same
         reason = " ".join(str(error).split())
         raise UserError(f"{spec}: is none of {FORMS} ({reason})") from error
-    for name in columns[:2]:
+    for name, wanted in zip(columns, ("audio", "text"), strict=False):
         if name not in rows.column_names:
             raise UserError(f"{spec}: no column {name!r} in {', '.join(rows.column_names)}")
+        kind, texts = rows.features[name], ("string", "large_string")
+        if getattr(kind, "dtype", "") not in texts and (
+            wanted == "text" or isinstance(kind, datasets.Value) and kind.dtype != "binary"
+        ):
+            raise UserError(f"{spec}: column {name!r} holds {kind}, no {wanted}")
     if isinstance(rows.features[columns[0]], datasets.Audio):
         rows = rows.cast_column(columns[0], datasets.Audio(decode=False))
     where = [f"{spec}:{number}" for number in range(len(rows))]

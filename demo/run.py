@@ -48,7 +48,7 @@ def run_stage(cfg, name, script, arguments, done):
     if name in seconds and Path(done).exists():
         print(f"== {name}: {done} is there already")
         return
-    print(f"== {name}: python {script} {' '.join(arguments)}", flush=True)
+    print(f"== {name}: python {script}", *arguments, flush=True)
     # glibc would give large blocks back to the system at every free, and take them again
     keep = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
     started = time.time()
@@ -279,13 +279,17 @@ def steermoe(cfg):
         scores = json.loads((trained / "test.json").read_text())
         numbers = sum(w.numel() for w in model.read_weights(trained / "steermoe.pt").values())
         table[name] = {
-            "trained": numbers, "WER of 16": read_rows(known / "metrics.jsonl")[-1]["wer"],
-            "train loss": read_rows(trained / "metrics.jsonl")[-1]["ce"],
+            "trained": numbers, "WER of 16": last(known, "wer"), "train loss": last(trained, "ce"),
             "loss": scores["eval_ce"], "WER": scores["wer"], "token accuracy": scores["eval_acc"],
         }  # fmt: skip
     formats = {"trained": "{:,}", "WER of 16": "{:.1%}", "train loss": "{:.2f}", "loss": "{:.2f}"}
     formats |= {"WER": "{:.1%}", "token accuracy": "{:.1%}"}
     finish(cfg, run, table, formats, {"held-out clips": scores["clips"]})
+
+
+def last(folder, name):
+    """The latest value under a name in a run's metrics."""
+    return [row[name] for row in read_rows(folder / "metrics.jsonl") if name in row][-1]
 
 
 def bridge(cfg, stage, folder, done, *arguments):
