@@ -170,7 +170,8 @@ def adaptor(cfg):
     plot_words(
         max(lines, key=lambda x: x["duration_s"] * (x["duration_s"] < 6)), plots / "words.png"
     )
-    more = {"clips": len(lines), "words": sum(len(x["target"].split()) for x in lines)}
+    words = sum(len(model.normalize_text(line["target"]).split()) for line in lines)
+    more = {"clips": len(lines), "words": words}
     finish(cfg, cfg.home, table, dict.fromkeys(("wer", "se", "wer_field"), "{:.1%}"), more)
 
 
@@ -326,10 +327,13 @@ def plot_words(line, path):
     figure, axis = plt.subplots(figsize=(10, 3.5), layout="constrained")
     noise = 1e-6 * np.random.default_rng(0).standard_normal(len(wave))  # silence has no logarithm
     axis.specgram(wave + noise, NFFT=256, Fs=8000, noverlap=192, cmap="magma")
-    for word in (word for segment in line["segments"] for word in segment["words"]):
+    words = [word for segment in line["segments"] for word in segment["words"]]
+    for number, word in enumerate(words):
         axis.axvspan(word["start"], word["end"], ymax=0.06, color="white", alpha=0.6)
         middle = (word["start"] + word["end"]) / 2
-        axis.text(middle, 330, word["word"], color="white", ha="center", fontsize=9)
+        axis.text(
+            middle, 300 + 200 * (number % 2), word["word"], color="white", ha="center", fontsize=9
+        )
     axis.set(xlabel="seconds", ylabel="Hz", title=f"{line['key']}: {line['target']}")
     figure.savefig(path, dpi=110)
     plt.close(figure)
