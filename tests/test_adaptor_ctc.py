@@ -40,16 +40,15 @@ def test_default_size_and_names_are_the_published_ones():
     assert state["output_proj.weight"].shape == (2560, 2048)
 
 
-def test_every_layer_starts_with_weights_of_its_own_and_the_output_as_loud_as_embeddings():
+def test_layers_start_differently_and_the_output_as_loud_as_embeddings():
     rms = model.embedding_rms(table := 0.02 * torch.randn(500, 20))
     assert rms == pytest.approx(table.square().mean().sqrt().item(), rel=1e-5)
     emb, _ = (adaptor := small_adaptor(embedding_rms=rms))(*batch((9, 9)))
     assert emb.square().mean().sqrt().item() == pytest.approx(rms, rel=0.01)
-    state = adaptor.state_dict()
-    for part in LAYER[:4]:
-        first, second = (state[f"transformer.layers.{n}.{part}weight"] for n in (0, 1))
-        assert not torch.equal(first, second)
-        assert first.std().item() == pytest.approx(second.std().item(), rel=0.2)
+    first, second = (layer.state_dict() for layer in adaptor.transformer.layers)
+    for name in (f"{part}weight" for part in LAYER[:4]):
+        assert not torch.equal(first[name], second[name])
+        assert first[name].std().item() == pytest.approx(second[name].std().item(), rel=0.2)
 
 
 def by_hand(adaptor, enc, pre_norm):
@@ -120,10 +119,6 @@ def tied_head(width=8):
     return model.CTCHead(table, TOKENS), table
 
 
-def random_log_probs(rows, positions, classes):
-    return torch.randn(rows, positions, classes).log_softmax(-1)
-
-
 def test_positions_are_scored_against_the_embeddings_and_a_blank():
     (head, table), x = tied_head(), torch.randn(2, 4, 8, requires_grad=True)
     nn.init.constant_(head.blank_bias, 0.7)
@@ -166,7 +161,7 @@ def collapse(path, blank):
 
 def test_loss_of_a_padded_batch_equals_the_sum_over_all_paths_of_each_row():
     targets, lens = [[0], [0, 1], [1, 1], [0, 1, 0], [1, 1, 0]], torch.tensor([3, 5, 4, 6, 5])
-    log_probs, expected = random_log_probs(5, 6, 3), 0.0
+    log_probs, expected = torch.randn(5, 6, 3).log_softmax(-1), 0.0
     for row, target, n in zip(log_probs, targets, lens.tolist(), strict=True):
         paths = [p for p in itertools.product(range(3), repeat=n) if collapse(p, 2) == target]
         scores = [sum(float(row[s, c]) for s, c in enumerate(path)) for path in paths]
@@ -179,7 +174,8 @@ def test_loss_of_a_padded_batch_equals_the_sum_over_all_paths_of_each_row():
 def test_rows_without_a_path_are_counted_and_left_out():
     labels = [[], [1], [1, 2], [1, 1], [1, 1, 1, 2, 2]]
     assert [model.ctc_min_frames(row) for row in labels] == [0, 1, 2, 3, 8]
-    lens, log_probs = torch.tensor([4, 2, 2, 4]), random_log_probs(4, 4, 4).requires_grad_(True)
+    log_probs = torch.randn(4, 4, 4).log_softmax(-1).requires_grad_(True)
+    lens = torch.tensor([4, 2, 2, 4])
     loss, left_out = model.ctc_loss(log_probs, lens, [[0, 1], [1, 1], [0, 1, 2], []], 3)
     alone, _ = model.ctc_loss(log_probs[:1], lens[:1], [[0, 1]], 3)
     assert left_out == 3 and loss.item() == pytest.approx(alone.item(), rel=1e-6)
@@ -197,30 +193,24 @@ def test_read_out_merges_repeats_drops_blanks_and_ends_with_its_clip():
     assert model.ctc_paths(best, lens, 1) == [collapse(row[:n], 1) for row, n in rows]
 
 
-def soft_speech_by_hand(log_probs, lens, head):
-    rows = []
-    for scores, n in zip(log_probs, lens.tolist(), strict=True):
-        groups = itertools.groupby(range(n), key=scores[:n].argmax(-1).tolist().__getitem__)
-        runs = [list(run) for label, run in groups if label != head.blank] or [list(range(n))]
-        posteriors = scores[:n, : head.blank].softmax(-1) @ head.rows[: head.blank]
-        rows.append(torch.stack([posteriors[run].mean(0) for run in runs]))
-    return rows
-
-
 def soft_speech(log_probs, lens, head):
     return model.ctc_soft_speech(log_probs, log_probs.argmax(-1), lens, head)
 
 
 @pytest.mark.parametrize("padding", GARBAGE)
 def test_soft_speech_equals_a_loop_over_runs(padding):
-    head, lens = tied_head()[0], torch.tensor([12, 7, 1, 12, 5])
+    head, lens, rows = tied_head()[0], torch.tensor([12, 7, 1, 12, 5]), []
     log_probs = (3 * torch.randn(5, 12, 7)).log_softmax(-1)
     log_probs[0, 3:5] = log_probs[0, 2]  # a run of three
     log_probs[4, :, head.blank] = 5.0  # where CTC hears nothing: the mean of the clip
     log_probs[1, 7:] = log_probs[2, 1:] = log_probs[4, 5:] = padding
     log_probs.requires_grad_(True)
     soft, soft_lens = soft_speech(log_probs, lens, head)
-    rows = soft_speech_by_hand(log_probs, lens, head)
+    for scores, n in zip(log_probs, lens.tolist(), strict=True):
+        groups = itertools.groupby(range(n), key=scores[:n].argmax(-1).tolist().__getitem__)
+        runs = [list(run) for label, run in groups if label != head.blank] or [list(range(n))]
+        posteriors = scores[:n, : head.blank].softmax(-1) @ head.rows[: head.blank]
+        rows.append(torch.stack([posteriors[run].mean(0) for run in runs]))
     assert soft_lens.tolist() == [len(row) for row in rows] and soft_lens[4] == 1
     expected = nn.utils.rnn.pad_sequence(rows, True)
     torch.testing.assert_close(soft, expected)
@@ -246,13 +236,11 @@ def test_what_is_heard_is_adaptor_frames_or_soft_speech(speech):
         assert torch.equal(deaf.speech, emb) and deaf.log_probs is deaf.paths is None
 
 
-def masks(augment, frames=40, draws=2000):
+def masks(augment, frames=40, draws=1500):
     return torch.stack([augment(torch.ones(frames, 560)) == 0 for _ in range(draws)])
 
 
-@pytest.mark.parametrize("only", [{"apply_time_mask": False}, {"apply_freq_mask": False},
-                                  {"apply_time_mask": False, "freq_mask_width_range": (0, 30),
-                                   "num_freq_mask": 1}])  # fmt: skip
+@pytest.mark.parametrize("only", [{"apply_time_mask": False}, {"apply_freq_mask": False}])
 def test_masks_have_funasrs_distribution(only):
     from funasr.models.specaug.specaug import SpecAugLFR
 
@@ -267,18 +255,16 @@ def test_masks_have_funasrs_distribution(only):
     ours, theirs = ours.any(axis).float(), theirs.any(axis).float()
     for found in (torch.mean, torch.std):
         assert found(ours.mean(1)).item() == pytest.approx(found(theirs.mean(1)).item(), abs=0.01)
-    torch.testing.assert_close(ours.mean(0), theirs.mean(0), atol=0.05, rtol=0)  # by bin or frame
+    torch.testing.assert_close(ours.mean(0), theirs.mean(0), atol=0.06, rtol=0)  # by bin or frame
 
 
-@pytest.mark.parametrize(("frames", "ratio", "longest"), [
-    (60, 0.1, 6), (17, 0.1, 1), (8, 0.1, 0), (10, 1.0, 10),
-])  # fmt: skip
-def test_max_ratio_caps_each_time_mask_and_every_place_is_used(frames, ratio, longest):
+def test_max_ratio_caps_each_time_mask_and_every_place_is_used():
     settings = {"apply_freq_mask": False, "num_time_mask": 1, "time_mask_width_range": (0, 50)}
-    augment = model.SpecAugLFR(**settings, time_mask_max_ratio=ratio, fill="zero").train()
-    hidden = [augment(torch.ones(frames, 7))[:, 0] == 0 for _ in range(300)]
-    assert max(int(row.sum()) for row in hidden) == longest
-    assert sum(hidden).count_nonzero() >= (frames - 1 if longest else 0)
+    for frames, ratio, longest in ((60, 0.1, 6), (17, 0.1, 1), (8, 0.1, 0), (10, 1.0, 10)):
+        augment = model.SpecAugLFR(**settings, time_mask_max_ratio=ratio, fill="zero").train()
+        hidden = [augment(torch.ones(frames, 7))[:, 0] == 0 for _ in range(300)]
+        assert max(int(row.sum()) for row in hidden) == longest
+        assert sum(hidden).count_nonzero() >= (frames - 1 if longest else 0)
 
 
 def test_masks_are_filled_with_the_clips_mean_or_zero_in_training_only_or_refused():

@@ -8,7 +8,6 @@ import resource
 import socket
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,6 +119,8 @@ def test_wrong_arguments_and_values_are_refused_by_name(written):
         model.at_least(1, cfg, "llm.lora.alpha", "optim.epochs")
     with pytest.raises(model.UserError, match="^run.dir: expected one of y, z; got 'r'"):
         model.one_of(("y", "z"), cfg, "run.dir")
+    steps = [[step for step in range(1, 8) if model.due(step, every, 7)] for every in (0, 3)]
+    assert steps == [[7], [3, 6, 7]]
 
 
 def run(monkeypatch, main, *arguments):
@@ -278,20 +279,6 @@ def test_a_run_is_new_or_resumed_as_it_was(tmp_path, capsys):
     # what only one of them knows is no difference
     model.check_identity({"encoder": {"weights": "1"}}, {"llm": {"weights": "2"}}, "x")
     model.check_identity({"llm": {"weights": "2"}}, {"llm": {"weights": "2", "layers": 3}}, "x")
-
-
-def test_metrics_are_written_by_one_process_and_never_of_a_bad_gradient(tmp_path):
-    shown = []
-    writer = SimpleNamespace(add_scalar=lambda *row: shown.append(row))
-    model.log_metrics(tmp_path, writer, 10, {"loss": torch.tensor(0.5), "lr": 3e-8})
-    model.log_metrics(tmp_path, None, 20, {"loss": 1.0})
-    with pytest.raises(model.UserError, match="step 30: the gradient is not finite"):
-        model.log_metrics(tmp_path, writer, 30, {"grad_norm": torch.tensor(float("nan"))})
-    row = {"step": 10, "loss": 0.5, "lr": 3e-8}
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == row
-    assert shown == [("loss", 0.5, 10), ("lr", 3e-8, 10)]
-    steps = [[s for s in range(1, 8) if model.due(s, every, 7)] for every in (0, 3, 1)]
-    assert steps == [[7], [3, 6, 7], [1, 2, 3, 4, 5, 6, 7]]
 
 
 def test_frozen_is_eval_for_good_whatever_a_parent_does_and_so_are_its_copies():
