@@ -44,7 +44,7 @@ def test_no_batch_exceeds_the_budget_and_little_is_padding(lengths, world):
 
 
 @pytest.mark.parametrize("world", [1, 2, 8])
-@pytest.mark.parametrize("count", [0, 1, 2, 3, 16, 17, 64, 129])
+@pytest.mark.parametrize("count", [0, 1, 3, 16, 17, 129])
 def test_few_clips_are_shared_out_or_refused(count, world):
     lengths, seen = list(range(1, count + 1)), set()
     with pytest.raises(model.UserError, match="a clip has 999 positions, a batch at most 998"):
@@ -55,9 +55,10 @@ def test_few_clips_are_shared_out_or_refused(count, world):
         return
     for epoch in range(5):
         groups = model.length_batches(lengths, count, world, 0, epoch, most=3)
-        assert all(len(group) == world and all(group) for group in groups)
-        assert all(size(b, lengths) <= count and len(b) <= 3 for group in groups for b in group)
-        seen |= {clip for group in groups for batch in group for clip in batch}
+        batches = list(itertools.chain.from_iterable(groups))
+        assert len(batches) == world * len(groups) and all(batches)
+        assert all(size(b, lengths) <= count and len(b) <= 3 for b in batches)
+        seen |= set(itertools.chain.from_iterable(batches))
     assert seen == set(range(count))
 
 
@@ -142,7 +143,7 @@ def test_what_is_no_cache_is_refused_by_name(cache, tokenizer, tmp_path):
     with pytest.raises(model.UserError, match="shard-00001.safetensors: torn .*run precompute.py"):
         model.EncoderCache(tmp_path).index()
     model.save(tmp_path / "cache.json", {"format": 2})
-    with pytest.raises(model.UserError, match="made by an earlier layout"):
+    with pytest.raises(model.UserError, match="made by an earlier layout; run precompute.py again"):
         model.EncoderCache(tmp_path)
     with pytest.raises(model.UserError, match="no cache; run precompute.py with cache.dir="):
         model.EncoderCache(tmp_path / "kept")

@@ -294,10 +294,11 @@ def test_error_rate_by_hand(references, hypotheses, expected):
 
 
 def test_the_references_decide_between_words_and_characters():
-    assert model.error_rate(["今天"], ["jin tian"])["units"] == 2
-    assert model.error_rate(["two words"], ["今天很好"])["units"] == 2
-    assert model.error_rate(["今天 ok"], ["今天 ok"])["units"] == 4
-    assert model.error_rate(["안녕하세요"], ["안녕"])["deletions"] == 3
+    for reference, hypothesis, units in (
+        ("今天", "jin tian", 2), ("two words", "今天很好", 2), ("今天 ok", "今天 ok", 4),
+        ("안녕하세요", "안녕", 5), ("Hello, you!", "hello you", 2),
+    ):  # fmt: skip
+        assert model.error_rate([reference], [hypothesis])["units"] == units
     assert model.error_rate(["ab cd"], ["ab c"], characters=True)["rate"] == 0.25
     assert model.error_rate(["今天", "a", "b"], ["", "", ""])["name"] == "wer"
     assert model.error_rate(["Hello, you!"], ["hello you"])["rate"] == 0.0
