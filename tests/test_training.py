@@ -307,6 +307,23 @@ def test_accumulation_equals_one_batch(world, tmp_path, script, extra):
     assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
 
 
+def test_phase_2_divides_by_the_label_tokens_of_the_step(world, tmp_path):
+    cfg = config(train_phase2, world.phase, EVEN, f"run.dir={tmp_path} batch_clips=12",
+                 "optim.max_steps=1 run.valid_every=0")  # fmt: skip
+    train_phase2.main(cfg)
+    torch.manual_seed(cfg.seed)
+    (llm, tokenizer), cache = model.load_llm(cfg.llm.name), model.EncoderCache(world.cache)
+    rows = model.cached_clips(cfg.data.train, cache, tokenizer, cfg.data.cache_dir)
+    settings = train_phase2.adaptor_settings(cfg, {})
+    phase = train_phase2.build(cfg, llm, tokenizer, rows, settings, cache.encoder["width"], None)
+    batch = train_phase2.Clips(rows, cache, 0, 0)[0, 0, [list(range(12))]]
+    labels = sum(len(ids) + 1 for ids in batch.rows["ids"])
+    (phase(batch.enc, batch)["ce"] / labels).backward()
+    norm = float(torch.nn.utils.clip_grad_norm_(phase.parameters(), float("inf")))
+    first = read_lines(tmp_path / "metrics.jsonl")[0]
+    assert first["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
 def test_clip_0_is_no_clipping(world, tmp_path):
     settings = f"{world.phase} {PHASE1} optim.max_steps=2 run.valid_every=0 optim.clip="
     for clip in ("0", "1e9", "1e-3"):
