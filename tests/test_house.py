@@ -63,8 +63,8 @@ def test_the_readme_names_only_what_is_there():
     for script, arguments in commands:
         assert (ROOT / script).is_file(), script
         module = __import__(Path(script).stem) if "/" not in script else None
-        known = model.flatten(model.OmegaConf.create(module.DEFAULTS)) if module and hasattr(
-            module, "DEFAULTS") else None  # fmt: skip
+        defaults = model.OmegaConf.create(getattr(module, "DEFAULTS", {}))
+        known = model.flatten(model.OmegaConf.to_container(defaults))
         for key in re.findall(r"(?:^| )([a-z_.0-9]+)=", arguments) if known else ():
             assert key in known, f"{script} {arguments}: {key}"
         shlex.split(arguments)
