@@ -51,6 +51,7 @@ def run_stage(cfg, name, script, arguments, done):
     print(f"== {name}: python {script}", *arguments, flush=True)
     # glibc would give large blocks back to the system at every free, and take them again
     keep = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
+    keep |= {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that spin would starve beside another job
     started = time.time()
     command = [sys.executable, ROOT / script, *map(str, arguments)]
     if subprocess.run(command, env=os.environ | keep).returncode:
@@ -115,9 +116,9 @@ def finish(cfg, folder, table, formats, more):
     seconds = json.loads(Path(cfg.run, "seconds.json").read_text())
     about = {"seed": cfg.seed, "seconds": seconds} | more
     model.save(Path(folder) / "results.json", about | {"rows": table})
-    print(f"\n{'':44}" + "".join(f"{name:>14}" for name in formats))
+    print(f"\n{'':44}" + "".join(f"{name:>16}" for name in formats))
     for label, row in table.items():
-        print(f"{label:44}" + "".join(f"{f.format(row[k]):>14}" for k, f in formats.items()))
+        print(f"{label:44}" + "".join(f"{f.format(row[k]):>16}" for k, f in formats.items()))
     parts = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
     print(f"{', '.join(f'{value} {name}' for name, value in more.items())}, seed {cfg.seed}")
     print(f"{sum(seconds.values()) / 60:.1f} minutes (seconds: {parts})")
@@ -238,7 +239,8 @@ def telephone(cfg):
             stage = f"{name} {column}".replace(" ", "_")
             lines = transcribe(cfg, stage, folder, manifest, "decode.ctc_weight=0")
             table[label][column] = rate(lines)["wer"]
-    finish(cfg, run, table, dict.fromkeys(sets, "{:.1%}"), {"held-out clips": len(lines)})
+    clips = {f"clips of {name}": len(read_rows(manifest)) for name, manifest in sets.items()}
+    finish(cfg, run, table, dict.fromkeys(sets, "{:.1%}"), clips)
 
 
 def finetune(cfg, name, steps, arguments):
