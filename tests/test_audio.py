@@ -312,3 +312,7 @@ def test_data_sets_come_under_our_names_with_audio_that_can_be_read(tmp_path, fo
     assert len(wave) == 16000 and level_at(wave, 1000) == pytest.approx(0.5, abs=1e-3)
     with pytest.raises(model.UserError, match="set: no column 'audio' in speech, text"):
         read(tmp_path / "set", tmp_path)
+    table.add_column("n", [1, 2]).save_to_disk(tmp_path / "numbers")
+    for names, wanted in ((("n", "text"), "no audio"), (("speech", "n"), "no text")):
+        with pytest.raises(model.UserError, match=f"column 'n' holds .*int64.*, {wanted}"):
+            model.read_manifest(tmp_path / "numbers", tmp_path, (*names, "question"))

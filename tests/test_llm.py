@@ -48,6 +48,8 @@ def test_llm_is_frozen_its_lora_trains_in_fp32_and_is_pefts(qwen3_folder, llm, t
     nn.ModuleList([plain]).train()
     assert not any(part.training for part in plain.modules()) and plain.identity == llm.identity
     assert {(p.dtype, p.requires_grad) for p in plain.parameters()} == {(dtype, False)}
+    with pytest.raises(model.UserError, match="llm.lora: Target modules .*nothing"):
+        model.load_llm(qwen3_folder, dtype, lora=settings | {"target_modules": ["nothing"]})
     tuned, _ = model.load_llm(qwen3_folder, dtype, lora=settings)
     trained = {name: p for name, p in tuned.named_parameters() if "lora_" in name}
     assert len(trained) == 2 * 2 * 2  # of two layers, for two matrices, A and B
