@@ -132,8 +132,8 @@ def finish(cfg, folder, table, formats, more):
 def adaptor(cfg):
     print(
         "Whisper tiny.en's encoder, an adaptor and SmolLM2-135M learn to hear telephone prompts:\n"
-        "weights and speech (3 minutes, 200 MB), encoder outputs (3), phase 1 (8), phase 2 (2), "
-        "transcripts (3).\nAbout 18 minutes on 2 free cores."
+        "weights and speech (2 minutes, 200 MB), encoder outputs (2), phase 1 (6), phase 2 (2), "
+        "transcripts (3).\nAbout 15 minutes on 2 free cores."
     )
     prepare(cfg, "run")
     run, data, quick = Path(cfg.run), f"{cfg.home}/data", cfg.quick
