@@ -500,8 +500,8 @@ ROWS = {
     "infer_batch1": infer_row, "infer_batch32": infer_row,
 }  # fmt: skip
 LINE = (
-    "{stage:14}{usual_s:>8.3f}{usual_spread_s:>8.3f}{ours_s:>8.3f}{ours_spread_s:>8.3f}{ratio:>7.2f}"
-    "{equal!s:>6}{usual_mb:>8.0f}{ours_mb:>8.0f}{audio_s_per_s:>8.1f}"
+    "{stage:14}{usual_s:>8.3f}{usual_spread_s:>8.3f}{ours_s:>8.3f}{ours_spread_s:>8.3f}"
+    "{ratio:>7.2f}{equal!s:>6}{usual_mb:>8.0f}{ours_mb:>8.0f}{audio_s_per_s:>8.1f}"
 )
 
 
