@@ -151,6 +151,7 @@ dataset_conf:            # lengths are 10 ms frames of audio and text tokens
   <<: {max_source_length: 12000, min_source_length: 10, max_target_length: 2048}
   num_workers: 4
   retry: 2000            # stop when more clips than this cannot be read
+  strip_tags: false      # + take tags such as <|zh|> out of targets
   speed_perturb: [1.0]   # + factors, of which one is drawn for a training clip
   ctc_tokenizer: SenseVoiceTokenizer  # + char or word, with Whisper
   ctc_target_normalize: true    # lower case, no punctuation
@@ -518,8 +519,17 @@ def nano_prompt(tokenizer, hotwords="", language="", instruction=""):
         text += f"**上下文信息：**\n\n\n热词列表：[{names}]\n"
     text += instruction or (f"语音转写成{language}：" if language else "语音转写：")
     system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    text = model.mark_special(tokenizer, text)
     halves = f"{system}<|im_start|>user\n{text}", "<|im_end|>\n<|im_start|>assistant\n"
-    return tuple(tokenizer(half, add_special_tokens=False)["input_ids"] for half in halves)
+    return tuple(model.turn_to_ids(tokenizer, half) for half in halves)
+
+
+def row_prompt(row, use_hotwords=True):
+    """Hotwords, language and instruction of a manifest's row, as nano_prompt takes them."""
+    names = {"zh": "中文", "en": "英文", "ja": "日文", "auto": ""}  # as FunASR writes them
+    hotwords = row.get("hotwords") if use_hotwords else ""
+    language = row.get("language") or ""
+    return hotwords or "", names.get(language, language), row.get("prompt") or ""
 
 
 # ---- loading ----------------------------------------------------------------
@@ -543,7 +553,7 @@ def load_tensors(nano, weights, where):
 
 def load_nano(parts, conf, llm_dtype, with_llm, with_ctc):
     """Fun-ASR-Nano of a model.pt. with_ctc: a file without CTC branch gets a random one."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     weights, folder = model.read_weights(parts.base, mmap=True), Path(parts.base).parent
     nano = parts.nano = FunASRNano(model.SenseVoiceEncoder(**conf["audio_encoder_conf"]))
@@ -553,7 +563,7 @@ def load_nano(parts, conf, llm_dtype, with_llm, with_ctc):
         path = folder / conf["llm_conf"]["init_param_path"]
         if not (path / "config.json").is_file():
             raise model.UserError(f"{path}: no config.json of the LLM (llm_conf.init_param_path)")
-        parts.tokenizer, config = (k.from_pretrained(path) for k in (AutoTokenizer, AutoConfig))
+        parts.tokenizer, config = model.load_tokenizer(path), AutoConfig.from_pretrained(path)
         nano.llm = AutoModelForCausalLM.from_config(config, dtype=llm_dtype)
         nano.audio_adaptor = FunASRTransformer(**conf["audio_adaptor_conf"])
         nano.low_rate = conf["audio_adaptor_conf"]["use_low_frame_rate"]
@@ -583,7 +593,9 @@ def load_parts(conf, start, llm_dtype, with_llm, with_ctc=False, texts=(), moved
     base = str(Path(base).resolve()) if Path(base).exists() else base
     parts = SimpleNamespace(base=base, tokenizer=None, ctc_tokenizer=None, first=first)
     if conf["audio_encoder"] == SANM:
-        load_nano(parts, conf, llm_dtype, with_llm, with_ctc or "ctc.ctc_lo.weight" in first)
+        with_ctc = with_ctc or "ctc.ctc_lo.weight" in first
+        with model.loading(Path(base).parent):
+            load_nano(parts, conf, llm_dtype, with_llm, with_ctc)
     else:
         encoder, kind = model.load_encoder(base), conf["dataset_conf"]["ctc_tokenizer"]
         if not isinstance(encoder, model.WhisperEncoder):
@@ -644,10 +656,11 @@ def load_for_training(cfg, device):
 @dataclass
 class Clip:
     key: str
-    source: object  # path; or (Dataset, row number) where a table holds the audio itself
+    source: str  # path, or its place in a table
+    place: tuple  # (manifest, number of its row)
     target: str
     kind: str  # of SETS
-    hotwords: str
+    prompt: tuple  # hotwords, language, instruction: of nano_prompt
     seconds: float = 0.0  # 0 where it cannot be read
     frames: int = 0  # of 10 ms
     ids: list = ()  # labels of the LLM, its end of turn included
@@ -661,7 +674,9 @@ def list_rows(specs, cfg):
     for spec in model.as_list(specs):
         listed = Path(spec).suffix in (".list", ".txt") and Path(spec).is_file()
         for name in [line for _, line in model.read_lines(spec)] if listed else [spec]:
-            rows = model.read_manifest(name, Path(cfg.output_dir).parent / "manifests")
+            folder = Path(cfg.output_dir).parent / "manifests"
+            rows = model.read_manifest(name, folder, strip_tags=cfg.dataset_conf.strip_tags)
+            rows = model.with_seconds(rows, folder)
             yield from ((rows, number, row) for number, row in enumerate(rows))
 
 
@@ -673,17 +688,16 @@ def ctc_text(text, cfg):
 def read_clips(specs, kind, cfg, parts, training):
     """Clips with labels, lengths by the files' headers, and the reason why one is left out."""
     conf, tokenizer, clips = cfg.dataset_conf, parts.tokenizer, []
+    plain = {"add_special_tokens": False, "split_special_tokens": True}
+    stop = tokenizer and tokenizer("<|im_end|>", add_special_tokens=False)["input_ids"]
     for rows, number, row in list_rows(specs, cfg):
-        source, target = row.get("source") or (rows, number), (row["target"] or "").strip()
-        words = conf.prompt_conf.use_hotwords and row.get("hotwords") or ""
-        clip = Clip(row["key"], source, target, kind, words)
+        source, target = row.get("source") or row["where"], (row["target"] or "").strip()
+        prompt = row_prompt(row, conf.prompt_conf.use_hotwords)
+        clip = Clip(row["key"], source, (rows, number), target, kind, prompt, row["seconds"])
+        clip.reason = row["reason"]
         clips.append(clip)
-        try:
-            clip.seconds = model.audio_seconds(row.get("audio") or source)
-        except model.AudioError as error:
-            clip.reason = str(error)
         if tokenizer and target:
-            clip.ids = tokenizer(f"{target}<|im_end|>", add_special_tokens=False)["input_ids"]
+            clip.ids = tokenizer(target, **plain)["input_ids"] + stop
         if parts.ctc_tokenizer:
             clip.classes = parts.ctc_tokenizer.encode(ctc_text(target, cfg))
         labels = len(clip.ids) or len(clip.classes)
@@ -691,7 +705,7 @@ def read_clips(specs, kind, cfg, parts, training):
         slowest = clip.frames / min(conf.speed_perturb)
         clip.length = slowest + labels * (conf.batch_type == "token")
         if tokenizer and conf.batch_type != "example":  # LLM positions, in the same currency
-            prompt = sum(map(len, nano_prompt(tokenizer, clip.hotwords)))
+            prompt = sum(map(len, nano_prompt(tokenizer, *clip.prompt)))
             positions = llm_positions(-(-slowest // model.LFR_N)) + prompt + labels
             clip.length = max(clip.length, positions * conf.batch_size / conf.batch_size_token_max)
         limits = {
@@ -723,7 +737,11 @@ def read_data(cfg, parts, say):
             say(f"{name}: {said}, {sum(clip.seconds for clip in group) / 3600:.3f} h, "
                 f"the longest is {longest.key} ({longest.seconds:.1f} s)")  # fmt: skip
         data.dropped |= {(clip.kind, clip.key): clip for clip in clips if clip.reason}
-        setattr(data, name, [clip for clip in clips if not clip.reason])
+        kept = [clip for clip in clips if not clip.reason]
+        hotwords, language, prompt = (sum(bool(c.prompt[n]) for c in kept) for n in range(3))
+        say(f"{name}: {hotwords} clips with hotwords, {language} with a language, {prompt} with a "
+            "prompt of their own")  # fmt: skip
+        setattr(data, name, kept)
     check_readable(data.dropped, cfg)
     kinds = Counter(clip.kind for clip in data.train)
     data.n_clean = kinds["clean"]
@@ -831,9 +849,8 @@ class Clips(torch.utils.data.Dataset):
         cfg, rng, rate = self.cfg, random.Random(name), self.frontend.sample_rate
         on_phone, own_rate = clip.kind == "telephone", rate if clip.kind == "telephone" else 16000
         speed = rng.choice(list(cfg.dataset_conf.speed_perturb)) if epoch >= 0 else 1.0
-        in_table = not isinstance(clip.source, str)
-        audio = clip.source[0][clip.source[1]]["audio"] if in_table else clip.source
-        wave = model.change_speed(model.load_audio(audio, own_rate), speed, own_rate)
+        row = clip.place[0][clip.place[1]]
+        wave = model.change_speed(model.load_clip(row, own_rate), speed, own_rate)
         if on_phone and (epoch < 0 or rng.random() >= cfg.telephone_conf.prob):
             return self.frontend.features(wave, name), None
         wave = wave[: len(wave) // 2 * 2]  # an even number: both rates then have the same frames
@@ -875,7 +892,7 @@ class Finetune(nn.Module):
         sums = {"ce": zero, "right": 0, "ctc": zero, "impossible": 0, "distill": zero}
         if "ce" in self.weights:
             embed, speech = nano.llm.get_input_embeddings(), nano.listen(enc, lens)
-            prompts = [nano_prompt(self.tokenizer, clip.hotwords) for clip in clips]
+            prompts = [nano_prompt(self.tokenizer, *clip.prompt) for clip in clips]
             spliced = model.splice(embed, prompts, *speech, [clip.ids for clip in clips])
             smoothing = self.cfg.model_conf.lsm_weight if self.training else 0.0
             sums["ce"], _, sums["right"] = model.transcript_loss(nano.llm, spliced, smoothing)
@@ -1014,7 +1031,7 @@ def transcribe(tuner, heard, clips):
     if llm is None:
         return [None] * len(clips)
     embed, speech = llm.get_input_embeddings(), (heard.speech, heard.speech_lens)
-    prompts = [nano_prompt(tokenizer, clip.hotwords) for clip in clips]
+    prompts = [nano_prompt(tokenizer, *clip.prompt) for clip in clips]
     spliced = model.splice(embed, prompts, *speech, pad_left=True)
     caps = [model.token_cap(clip.seconds) for clip in clips]
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -1265,8 +1282,8 @@ def load_listener(folder, cfg, device, dtype):
             return nano.hear(*nano.encode(feats, lens)), None
 
     def prompt(row):
-        hotwords = cfg.hotwords or row.get("hotwords") or ""
-        return nano_prompt(tokenizer, hotwords, cfg.language, cfg.prompt)
+        given = {"hotwords": cfg.hotwords, "language": cfg.language, "prompt": cfg.prompt}
+        return nano_prompt(tokenizer, *row_prompt(row | {k: v for k, v in given.items() if v}))
 
     def spell(text):
         found, known, classes = [], "", ctc.encode(text)

@@ -43,6 +43,7 @@ FORMAT = 3  # of caches, checkpoints and config.json; others are refused
 IGNORE = -100  # label that cross-entropy skips, as in transformers
 NULL = ("null", "~")  # YAML's
 AUDIO_MARK = "<|earshot-audio|>"  # stands for the audio in a chat template; never tokenised
+PLAIN_MARK = "\ue000"  # around text that only looks like a special token; never tokenised
 
 
 class UserError(Exception):
@@ -184,6 +185,8 @@ def run_main(main, defaults, doc, batch_key="batch_size", **spelling):
         if dist.is_initialized():
             dist.destroy_process_group()
         return
+    except KeyboardInterrupt:
+        sys.exit("interrupted; what was saved is kept")
     except UserError as error:
         message = str(error)
     except torch.OutOfMemoryError as error:
@@ -255,16 +258,33 @@ def save_atomic(path, write):
         temporary.unlink(missing_ok=True)
 
 
+def append(path, rows):
+    """Add lines to a .jsonl file."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; the lines before are kept") from error
+
+
 def read_weights(path, mmap=False):
     """A plain state dict, itself or under "state_dict". UserError for a torn file, or for code."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
+    refuse_pointer(path)
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         return weights.get("state_dict", weights)
     except Exception as error:  # torch and pickle raise many types; the remedy is the same
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
         raise UserError(f"{path}: not a plain state dict, not loaded ({reason})") from error
+
+
+def refuse_pointer(path):
+    """UserError where git has put the place of a large file instead of the file itself."""
+    with open(path, "rb") as file:
+        if file.read(19) == b"version https://git":
+            raise UserError(f"{path}: a git-lfs pointer in place of the file; run git lfs pull")
 
 
 def load_weights(module, weights, where):
@@ -353,8 +373,7 @@ def log_metrics(folder, writer, step, values):
     if writer is None:
         return
     tqdm.write(f"{step:7d}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
-    with open(Path(folder) / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step} | values) + "\n")
+    append(Path(folder) / "metrics.jsonl", [{"step": step} | values])
     for name, value in values.items():
         writer.add_scalar(name, value, step)
 
@@ -372,55 +391,222 @@ def due(step, every, total):
 
 # ---- audio ------------------------------------------------------------------
 
+# first bytes of WAV, RF64, W64, FLAC, AIFF, AU, SPHERE and CAF, which soundfile reads; the rest is
+# left to FFmpeg, which distorts the ADPCM of telephones
+PCM_MARKS = (b"RIFF", b"RIFX", b"RF64", b"riff", b"fLaC", b"FORM", b".snd", b"NIST", b"caff")
+# FFmpeg's names of formats that say how long they are; of others it guesses by their bit rate
+STATED = ("wav", "flac", "aiff", "caf", "matroska", "mov", "asf", "wv", "tta", "ape")
+
 
 @contextlib.contextmanager
-def open_audio(source):
-    """An open soundfile.SoundFile of a path, of bytes, or of {bytes, path} of a data set."""
+def open_source(source):
+    """A binary file of a path, of bytes, or of {bytes, path} of a data set.
+
+    Whatever a file system or a decoder raises inside is an AudioError: it is this one clip.
+    """
     if isinstance(source, dict):
         source = source["path"] if source.get("bytes") is None else source["bytes"]
     try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
-        with file, soundfile.SoundFile(file) as audio:
-            yield audio
-    except OSError as error:
-        raise AudioError(f"cannot be opened ({error.strerror})") from error
-    except (RuntimeError, TypeError) as error:  # TypeError: of a .raw, or no audio at all
-        reason = str(error).rpartition(">: ")[2]
-        raise AudioError(f"not readable as audio ({reason or error})") from error
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+            yield file
+    except AudioError:
+        raise
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise AudioError(f"not readable as audio ({reason})") from error
 
 
-def load_audio(source, rate):
-    """Read one clip as mono float32 at `rate`: (N,).
+def open_pcm(file):
+    """A soundfile.SoundFile, or None for what is FFmpeg's. AudioError if it is not whole."""
+    mark, _ = file.read(4), file.seek(0)
+    try:
+        audio = soundfile.SoundFile(file) if mark in PCM_MARKS else None
+    except (soundfile.SoundFileError, TypeError):  # TypeError: of a .raw
+        return None
+    # a recorder that was killed leaves 0 frames in the header, a FLAC into a pipe has no number
+    if not audio or not 0 < audio.frames < 2**60:
+        return None
+    frames, notes = audio.frames, audio.extra_info
+    # libsndfile notes chunks shorter than promised; a writer into a pipe promises 2 or 4 GB
+    sizes = r"(?:data|SSND|Data Size|riff|Riff size)\s*: (\d+) \(should be (\d+)\)"
+    if any(int(real) < int(said) < 0x7FFFF000 for said, real in re.findall(sizes, notes)):
+        raise AudioError(f"truncated, {frames} samples, less than its header says")
+    behind = r"(?s)Length : (\d+).*Unknown chunk marker \(\w+\) at position (\d+)\. Exit"
+    if (found := re.search(behind, notes)) and int(found[2]) < 0.9 * int(found[1]):
+        raise AudioError(f"goes on behind the {frames} samples of its header; mend that")
+    return audio
 
-    Input   source: as open_audio takes it, or {array, sampling_rate}; any rate, channels averaged.
-    Raises  AudioError if it is missing, empty, truncated, not finite or not audio.
+
+@contextlib.contextmanager
+def open_ffmpeg(file):
+    """Container, its first audio stream, and their duration by FFmpeg: said, guessed or 0.
+
+    Nothing is opened that the file only refers to.
+    """
+    import av
+
+    file.seek(0)
+    with av.open(file, options={"protocol_whitelist": "none"}) as container:
+        if not container.streams.audio:
+            raise AudioError("not readable as audio (no sound in it)")
+        stream, film = container.streams.audio[0], container.streams.video
+        said = (container.duration or 0) / 1e6 if not film else 0.0  # it may outlast its sound
+        said = float(stream.duration * stream.time_base) if stream.duration else said
+        yield container, stream, said
+
+
+def between(start, end, rate):
+    """The samples from `start` to `end` seconds (None: the end), as a slice."""
+    return slice(round(start * rate), None if end is None else round(end * rate))
+
+
+def read_samples(source, start=0.0, end=None):
+    """Samples (N, channels) float32 from `start` to `end` seconds, and their rate."""
+    with open_source(source) as file:
+        if (audio := open_pcm(file)) is None:
+            samples, rate = read_ffmpeg(file)
+            return samples[between(start, end, rate)], rate
+        rate = audio.samplerate
+        first, last, _ = between(start, end, rate).indices(audio.frames)
+        skipped = audio.seek(first) if audio.seekable() else 0  # GSM and its like are not
+        samples = audio.read(max(0, last - skipped), dtype="float32", always_2d=True)
+        if len(samples) < last - skipped:
+            raise AudioError(f"truncated, {len(samples)} of {last - skipped} samples")
+        return samples[first - skipped :], rate
+
+
+def read_ffmpeg(file):
+    """All samples of a file's first audio stream, (N, channels) float32, and their rate."""
+    import av
+
+    parts = []
+    with open_ffmpeg(file) as (container, stream, said):
+        name = container.format.name.split(",")[0]
+        if name not in STATED:
+            said = mp3_seconds(file, stream.rate) if name == "mp3" else 0.0
+        resampler = av.AudioResampler("flt")  # of any sample format
+        for packet in container.demux(stream):
+            try:
+                frames = packet.decode()
+            except av.error.InvalidDataError:  # FFmpeg's own tools go on, too
+                continue
+            for out in (out for frame in frames for out in resampler.resample(frame)):
+                parts.append(out.to_ndarray().reshape(-1, out.layout.nb_channels))
+                rate = out.sample_rate
+    if not parts:
+        raise AudioError("holds no samples")
+    samples = np.concatenate(parts)
+    if len(samples) < 0.9 * said * rate or name == "ogg" and ogg_is_cut(file):
+        raise AudioError(f"truncated, {len(samples) / rate:.2f} s are left")
+    return samples, rate
+
+
+def mp3_seconds(file, rate):
+    """Duration of an mp3 by its first frame, 0 where that says nothing; FFmpeg would guess."""
+    place, _ = file.tell(), file.seek(0)
+    head = file.read(10)  # of ID3: its size is in 4 x 7 bits
+    size = sum((byte & 127) << 7 * n for n, byte in enumerate(reversed(head[6:10])))
+    file.seek(size + 10 if head[:3] == b"ID3" else 0)
+    number = rb"(?s)(?:(?:Xing|Info)...[\1\3\5\7\x09\x0b\x0d\x0f]|VBRI.{10})(....)"
+    found, _ = re.search(number, file.read(2048)), file.seek(place)
+    frames = int.from_bytes(found[1], "big") if found else 0
+    return frames * (1152 if rate >= 32000 else 576) / rate
+
+
+def ogg_is_cut(file):
+    """True if an Ogg file's last page is torn, or does not say that it is the last one."""
+    file.seek(max(0, file.seek(0, io.SEEK_END) - 70000))  # a page has at most 65,307 bytes
+    tail = file.read()
+    page = tail[tail.rfind(b"OggS") :]
+    table = page[27 : 27 + page[26]] if len(page) > 27 else b""
+    return not table or not page[5] & 4 or len(page) < 27 + len(table) + sum(table)
+
+
+def load_audio(source, rate, start=0.0, end=None, channel="mix"):
+    """Read one clip as mono float32 at `rate`: (N,); of channel="split" (channels, N).
+
+    Input   source: path, bytes, {bytes, path} or {array, sampling_rate}; any rate; start, end: in
+            seconds; channel: a number, a side (A or B), mix (the mean) or split.
+    Raises  AudioError if it is missing, empty, truncated, not finite, not audio or too loud.
     """
     if isinstance(source, dict) and source.get("array") is not None:
         samples, own_rate = np.asarray(source["array"]), int(source["sampling_rate"])
         scale = {"int16": 2.0**15, "int64": 2.0**15, "int32": 2.0**31}  # int64: a list of numbers
         samples = (samples / scale.get(samples.dtype.name, 1.0)).astype(np.float32)[:, None]
+        samples = samples[between(start, end, own_rate)]
     else:
-        with open_audio(source) as audio:
-            frames, own_rate, notes = audio.frames, audio.samplerate, audio.extra_info
-            samples = audio.read(dtype="float32", always_2d=True)
-        # libsndfile notes a chunk shorter than promised; a writer into a pipe promises 2 or 4 GB
-        sizes = r"(?:data|SSND|Data Size|riff|Riff size)\s*: (\d+) \(should be (\d+)\)"
-        short = [int(real) < int(said) < 0x7FFFF000 for said, real in re.findall(sizes, notes)]
-        if len(samples) < frames or any(short):
-            raise AudioError(f"truncated, {len(samples)} samples are left of what its header says")
+        samples, own_rate = read_samples(source, start, end)
     if not len(samples):
         raise AudioError("holds no samples")
-    if not np.isfinite(samples).all():
+    peak = max(float(samples.max()), -float(samples.min()))
+    if not math.isfinite(peak):
         raise AudioError("holds NaN or infinite samples")
-    return resample(torch.from_numpy(samples).mean(dim=1), own_rate, rate)
+    if peak > 64:  # a float file may go a little over 1
+        scale = 2**15 if peak < 2**16 else 2**31
+        raise AudioError(f"its samples reach {peak:.0f}, the scale of integers: divide by {scale}")
+    mono = pick_channel(samples, channel, source if isinstance(source, str | Path) else "a clip")
+    return resample(torch.from_numpy(mono), own_rate, rate)
 
 
-def audio_seconds(source):
-    """Duration, by the file's header."""
+@functools.lru_cache(10000)
+def note(text):
+    """Say something about a clip, once in a process."""
+    tqdm.write(text, file=sys.stderr)
+
+
+def pick_channel(samples, channel, name):
+    """(N, channels) -> (N,): the one of a number or side, or their mean; (channels, N) of split."""
+    count = samples.shape[1]
+    if channel == "split":
+        return np.ascontiguousarray(samples.T)
+    if channel in ("A", "B"):  # sides of a call, which may be files of their own
+        channel = min("AB".index(channel), count - 1)
+    if channel == "mix":
+        mono = samples.mean(axis=1) if count > 1 else samples[:, 0]
+        if count != 2 or mono @ mono >= 1e-4 * np.vdot(samples, samples):  # their energies
+            return mono
+        note(f"{name}: its two channels cancel each other, the first one is taken")
+        channel = 0
+    if not 0 <= int(channel) < count:
+        raise AudioError(f"has {count} channels, none of number {channel}")
+    return np.ascontiguousarray(samples[:, int(channel)])
+
+
+def load_clip(row, rate, channel="mix"):
+    """load_audio of a manifest's row, which may name its part of the recording, and a channel."""
+    source = row["source"] if row.get("audio") is None else row["audio"]
+    start, end = row.get("start") or 0.0, row.get("end")
+    wave = load_audio(source, rate, start, end, row.get("channel") or channel)
+    said = row.get("seconds") or row.get("duration") if end is None else end - start
+    if said and abs(wave.shape[-1] / rate - said) > 0.1:
+        found = f"{wave.shape[-1] / rate:.2f} s read, {said:.2f} s expected"
+        if end is not None:
+            raise AudioError(f"{found}: the recording ends before its segment")
+        note(f"{row['key']}: {found}")
+    return wave
+
+
+def audio_seconds(source, decode=True):
+    """Duration: by the header where it can be believed, else by decoding (or FFmpeg's guess)."""
     if isinstance(source, dict) and source.get("array") is not None:
         return len(source["array"]) / source["sampling_rate"]
-    with open_audio(source) as audio:
-        return audio.frames / audio.samplerate
+    with open_source(source) as file:
+        if audio := open_pcm(file):
+            return audio.frames / audio.samplerate
+        if not decode:
+            with open_ffmpeg(file) as (_, _, said):
+                return said
+        samples, rate = read_ffmpeg(file)
+        return len(samples) / rate
+
+
+def clip_seconds(row, decode=True):
+    """Duration of a manifest's row: of its part, by its own field, or audio_seconds."""
+    start, end = row.get("start") or 0.0, row.get("end")
+    if end is not None or row.get("duration"):
+        return row["duration"] if end is None else end - start
+    whole = audio_seconds(row["source"] if row.get("audio") is None else row["audio"], decode)
+    return max(0.0, whole - start)
 
 
 def resample(wave, rate, new_rate):
@@ -430,10 +616,17 @@ def resample(wave, rate, new_rate):
         return wave
     if max(rate, new_rate) // math.gcd(rate, new_rate) > 2000:  # the filters would take gigabytes
         raise AudioError(f"{rate} Hz to {new_rate} Hz: convert the file to a usual rate first")
-    return torchaudio.functional.resample(
-        wave, rate, new_rate, lowpass_filter_width=64, rolloff=0.9475937167399596,
-        resampling_method="sinc_interp_kaiser", beta=14.769656459379492,
-    )  # fmt: skip
+    out = wave.new_empty(*wave.shape[:-1], -(-wave.shape[-1] * new_rate // rate))
+    for minute, first in enumerate(range(0, wave.shape[-1], 60 * rate)):  # two hours at once: 5 GB
+        before = min(first, rate)  # a second on either side, more than the filter reaches
+        part = torchaudio.functional.resample(
+            wave[..., first - before : first + 61 * rate], rate, new_rate,
+            lowpass_filter_width=64, rolloff=0.9475937167399596,
+            resampling_method="sinc_interp_kaiser", beta=14.769656459379492,
+        )[..., before * new_rate // rate :]  # fmt: skip
+        place = out[..., minute * 60 * new_rate : (minute + 1) * 60 * new_rate]
+        place.copy_(part[..., : place.shape[-1]])
+    return out
 
 
 def change_speed(wave, factor, rate):
@@ -677,6 +870,33 @@ def find_model(name):
         raise UserError(f"{name}: no folder, and its hub is not reached ({reason})") from error
 
 
+@contextlib.contextmanager
+def loading(folder):
+    """Around what loads a folder's models: what is not whole in it becomes one line."""
+    for path in filter(Path.is_file, sorted(Path(folder).glob("*.*"))):
+        refuse_pointer(path)
+        if path.suffix == ".safetensors":
+            open_shard(path, "download it again")
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # transformers and others raise many types
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{folder}: not whole, or of another kind ({reason})") from error
+
+
+def load_tokenizer(folder):
+    """The tokenizer of an LLM's folder."""
+    from transformers import AutoTokenizer
+
+    with loading(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise UserError(f"{folder}: has no tokenizer; download its tokenizer files too")
+    return tokenizer
+
+
 class SpeechEncoder(nn.Module):
     """A speech encoder behind one face.
 
@@ -844,17 +1064,18 @@ def load_encoder(
     Output  SpeechEncoder, fp32, on the CPU, in eval mode; `freeze` it unless it is to be trained.
     """
     folder, kind = find_model(name), ""
-    if (folder / "config.json").is_file():
-        kind = str(json.loads((folder / "config.json").read_text()).get("model_type"))
-    if (folder / "config.yaml").is_file():
-        encoder = KaldiEncoder(folder, language, text_norm, keep_query_frames)
-    elif kind == "whisper":
-        encoder = WhisperEncoder(folder, pad_to_30s)
-    elif kind.startswith("parakeet"):
-        encoder = ParakeetEncoder(folder)
-    else:
-        known = "config.yaml of FunASR nor config.json of Whisper or Parakeet"
-        raise UserError(f"{name}: has neither {known} (model_type: {kind or 'none'})")
+    with loading(folder):
+        if (folder / "config.json").is_file():
+            kind = str(json.loads((folder / "config.json").read_text()).get("model_type"))
+        if (folder / "config.yaml").is_file():
+            encoder = KaldiEncoder(folder, language, text_norm, keep_query_frames)
+        elif kind == "whisper":
+            encoder = WhisperEncoder(folder, pad_to_30s)
+        elif kind.startswith("parakeet"):
+            encoder = ParakeetEncoder(folder)
+        else:
+            known = "config.yaml of FunASR nor config.json of Whisper or Parakeet"
+            raise UserError(f"{name}: has neither {known} (model_type: {kind or 'none'})")
     encoder.identity["name"] = str(name)
     return encoder.eval()
 
@@ -1055,11 +1276,14 @@ def load_llm(name, dtype=torch.float32, device="cpu", lora=None):
     Input   lora: settings of peft.LoraConfig for a new one (fp32), or the folder of a trained one.
     Output  (llm, tokenizer); with LoRA, `llm.peft` is the wrapper that saves or disables it.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     folder = find_model(name)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    llm = freeze(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.chat_template is None:
+        raise UserError(f"{folder}: its tokenizer has no chat template; use an instruct model")
+    with loading(folder):
+        llm = freeze(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
     for key in ("logit_scale", "logits_scaling", "final_logit_softcapping"):
         if getattr(llm.config, key, None) not in (None, 1.0):  # losses here use lm_head alone
             raise UserError(f"{name}: its {key} changes the scores of lm_head; not supported")
@@ -1074,7 +1298,8 @@ def load_llm(name, dtype=torch.float32, device="cpu", lora=None):
             except ValueError as error:  # of names that the LLM's layers do not have
                 raise UserError(f"llm.lora: {' '.join(str(error).split())[:300]}") from error
         else:
-            wrapper = peft.PeftModel.from_pretrained(llm, lora)
+            with loading(lora):
+                wrapper = peft.PeftModel.from_pretrained(llm, lora)
         wrapper.peft_config["default"].base_model_name_or_path = str(name)
         llm.__dict__["peft"] = wrapper.eval()  # past nn.Module: the LLM is a part of its wrapper
     return llm.to(device), tokenizer
@@ -1098,24 +1323,44 @@ def build_prompt(tokenizer, prompt, language=None, hotwords=None, system=None):
             between; system: None for the template's own.
     Output  (before, after): token ids on either side of the audio; thinking is off.
     """
-    prompt = prompt.replace("{language}", language or "").replace(AUDIO_MARK, "")
+    prompt = prompt.replace("{language}", language or "")
     if hotwords:
         header = "热词列表：" if is_cjk(prompt) else "Hotwords: "
         prompt = f"{header}[{hotwords}]\n{prompt}"
+    system, prompt = (text and mark_special(tokenizer, text) for text in (system, prompt))
     turns = [] if system is None else [{"role": "system", "content": system}]
     text = tokenizer.apply_chat_template(
         [*turns, {"role": "user", "content": prompt + AUDIO_MARK}],
         tokenize=False, add_generation_prompt=True, enable_thinking=False,
     )  # fmt: skip
     halves = text.split(AUDIO_MARK)
-    return tuple(tokenizer(half, add_special_tokens=False)["input_ids"] for half in halves)
+    return tuple(turn_to_ids(tokenizer, half) for half in halves)
 
 
 def text_to_ids(tokenizer, texts):
     """Token ids of transcripts: list of lists. Latin text gets a leading space, or a word would
-    have other tokens at the beginning than within, and CTC would have to learn both."""
+    have other tokens at the beginning than within, and CTC would have to learn both. What looks
+    like a special token is plain text."""
     texts = [text if not text or is_cjk(text) else f" {text}" for text in texts]
-    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    plain = {"add_special_tokens": False, "split_special_tokens": True}
+    return tokenizer(texts, **plain)["input_ids"] if texts else []
+
+
+def mark_special(tokenizer, text):
+    """Put PLAIN_MARK around what looks like a special token in a user's text, for turn_to_ids."""
+    tokens = tokenizer.added_tokens_decoder.values()
+    names = [re.escape(token.content) for token in tokens if token.special]
+    text = text.replace(AUDIO_MARK, "").replace(PLAIN_MARK, "")
+    return re.sub("|".join(names) or "(?!)", rf"{PLAIN_MARK}\g<0>{PLAIN_MARK}", text)
+
+
+def turn_to_ids(tokenizer, text):
+    """Token ids of a piece of a chat, its special tokens among them, except those marked."""
+    ids = []
+    for n, part in enumerate(text.split(PLAIN_MARK)):
+        plain = {"add_special_tokens": False, "split_special_tokens": n % 2 == 1}
+        ids += tokenizer(part, **plain)["input_ids"] if part else []
+    return ids
 
 
 @dataclass
@@ -1289,19 +1534,30 @@ def error_rate(references, hypotheses, normalize=normalize_text, characters=None
 
 # ---- manifests --------------------------------------------------------------
 
-FIELDS = ("key", "source", "target", "language", "prompt", "hotwords", "question", "where")
+FIELDS = ("key", "source", "target", "language", "prompt", "hotwords", "question", "channel",
+          "where")  # fmt: skip
+NUMBERS = ("start", "end", "duration")  # in seconds; start and end: the part of `source` meant
+TAGS = r"<\|[^|<>]*\|>"  # as SenseVoice writes them: <|zh|><|NEUTRAL|>
 AISHELL_TEXT = "transcript/aishell_transcript_v0.8.txt"
-FORMS = ".jsonl, Kaldi, data_aishell:train, Parquet, save_to_disk, hf:NAME:SPLIT"
+KALDI = ("wav.scp", "text", "segments", "reco2file_and_channel")
+FORMS = ".jsonl, .json, Kaldi, data_aishell:train, Parquet, save_to_disk, hf:NAME:SPLIT"
 
 
-def read_manifest(spec, cache_dir, columns=("audio", "text", "question")):
+def file_stamp(path):
+    """What another file, or a changed one, has not in common with it."""
+    stat = os.stat(path) if os.path.isfile(path) else None
+    return [str(path), stat and stat.st_size, stat and stat.st_mtime_ns]
+
+
+def read_manifest(spec, cache_dir, columns=("audio", "text", "question"), strip_tags=False):
     """Read a list of clips, in any of the accepted forms, as a memory-mapped Hugging Face Dataset.
 
-    spec    a JSONL file (ours, or FunASR's chat lines), a folder with Kaldi's wav.scp and text, an
+    spec    a JSONL file (ours, NeMo's, or FunASR's chat lines), Kaldi's wav.scp or its folder, an
             AISHELL-1 folder with its part (`data_aishell:train`), a folder of Parquet files or of
             `save_to_disk`, or `hf:NAME:SPLIT`. Of the last three, columns names audio, text and
             question; their audio comes as `audio`, as load_audio takes it.
-    Output  columns FIELDS, text or null. Kept in cache_dir, made again when the files change.
+    Output  columns FIELDS, text or null, and NUMBERS. Kept in cache_dir, made again when the files
+            change. Tags in targets are counted, and taken out with strip_tags.
     Raises  UserError naming file, line and field. Audio is not looked at here.
     """
     import datasets
@@ -1311,34 +1567,85 @@ def read_manifest(spec, cache_dir, columns=("audio", "text", "question")):
     path, (folder, _, part) = Path(spec), str(spec).rpartition(":")
     if folder and Path(folder).is_dir():
         files = [Path(folder, AISHELL_TEXT), *sorted(Path(folder, "wav", part).glob("*/*.wav"))]
-        rows = aishell_rows
-    elif (path / "wav.scp").is_file():
-        rows, files = kaldi_rows, [path / "wav.scp", path / "text"]
+        make = aishell_rows
+    elif (path / "wav.scp").is_file() or path.name == "wav.scp":
+        make, files = kaldi_rows, [(path if path.is_dir() else path.parent) / n for n in KALDI]
     elif path.is_file():
-        rows, files = jsonl_rows, [path]
+        make, files = jsonl_rows, [path]
     else:
-        return read_table(str(spec), columns)
-    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
-    features = datasets.Features({name: datasets.Value("string") for name in FIELDS})
+        return without_tags(read_table(str(spec), columns), spec, strip_tags)
+    kinds = {name: datasets.Value("string") for name in FIELDS}
+    kinds |= {name: datasets.Value("float64") for name in NUMBERS}
+    mark = hash_text([[file_stamp(file) for file in files], FIELDS, NUMBERS])
+    remarks = Path(cache_dir) / f"remarks-{mark}.json"
     try:
-        return datasets.Dataset.from_generator(
-            unique_rows, features, str(cache_dir), gen_kwargs={"rows": rows, "spec": str(spec)},
-            fingerprint=hash_text([stats, FIELDS]),
+        rows = datasets.Dataset.from_generator(
+            unique_rows, datasets.Features(kinds), str(cache_dir), fingerprint=mark,
+            gen_kwargs={"rows": make, "spec": str(spec), "remarks": remarks},
         )  # fmt: skip
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ or error from None
+    for text in json.loads(remarks.read_text(encoding="utf-8")) if remarks.is_file() else ():
+        note(f"{spec}: {text}")
+    return without_tags(rows, spec, strip_tags)
 
 
-def unique_rows(rows, spec):
-    """Rows of a manifest under FIELDS, as text; a key given twice is refused."""
-    seen = {}
+def without_tags(rows, spec, strip):
+    """Count the targets with tags, say so, and take the tags out if that is wished."""
+    import pyarrow.compute
+
+    tagged = pyarrow.compute.match_substring_regex(rows.data.column("target"), TAGS)
+    if not (count := pyarrow.compute.sum(tagged).as_py()):
+        return rows
+    done = "are taken out" if strip else "stay; strip_tags in training takes them out"
+    note(f"{spec}: {count} targets hold tags such as <|zh|>, which {done}")
+    if not strip:
+        return rows
+    texts = [text and re.sub(TAGS, "", text).strip() for text in rows["target"]]
+    return rows.remove_columns("target").add_column("target", texts)
+
+
+def with_seconds(rows, cache_dir):
+    """A manifest with `seconds` of each clip, and the `reason` of those that cannot be read: found
+    once, and kept until a file changes."""
+    import datasets
+
+    def measure(row):
+        try:
+            return {"seconds": clip_seconds(row), "reason": ""}
+        except AudioError as error:
+            return {"seconds": 0.0, "reason": str(error)}
+
+    stamps = [file_stamp(path) for path in sorted({*rows["source"]} - {None})]
+    mark = hash_text([rows._fingerprint, stamps, "seconds"])
+    kinds = {"seconds": datasets.Value("float64"), "reason": datasets.Value("string")}
+    found = rows.map(
+        measure, remove_columns=rows.column_names, features=datasets.Features(kinds),
+        new_fingerprint=mark, cache_file_name=f"{cache_dir}/seconds-{mark}.arrow",
+    )  # fmt: skip
+    return datasets.concatenate_datasets([rows, found], axis=1)
+
+
+def unique_rows(rows, spec, remarks):
+    """Rows of a manifest under FIELDS and NUMBERS, every key once; what else `rows` yields is text,
+    kept in the file `remarks`."""
+    seen, said = {}, []
     for row in tqdm(rows(spec), f"reading {spec}", unit=" clips", delay=5, disable=None):
-        if (first := seen.setdefault(row["key"], row["where"])) != row["where"]:
-            raise UserError(f"{row['where']}: key {row['key']!r} stands at {first} too")
-        row = {name: row.get(name) for name in FIELDS}
-        yield {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in row.items()}
+        if isinstance(row, str):
+            said.append(row)
+            continue
+        key, where, start, end = row["key"], row["where"], row.get("start"), row.get("end")
+        if (first := seen.setdefault(key, where)) != where:
+            raise UserError(f"{where}: key {key!r} stands at {first} too")
+        if not 0 <= (start or 0.0) < (math.inf if end is None else end):
+            raise UserError(f"{where}: no part of a recording goes from {start} to {end} s")
+        texts = {name: row.get(name) for name in FIELDS}
+        texts = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in texts.items()}
+        yield texts | {name: row.get(name) for name in NUMBERS}
+    if said:
+        save(remarks, said)
     if not seen:
-        raise UserError(f"{spec}: holds no clips")
+        raise UserError(f"{spec}: {'; '.join(['holds no clips', *said])}")
 
 
 def read_lines(path):
@@ -1353,42 +1660,93 @@ def read_lines(path):
 
 
 def jsonl_rows(path):
+    """Rows of our own, of NeMo (audio_filepath, text, offset) and of FunASR's chat (messages)."""
+
     def unique(pairs):
         if len(dict(pairs)) < len(pairs):
             raise ValueError("a field is given twice")
         return dict(pairs)
 
+    unused = {}  # what of FunASR's rows is not used: where it stands
     for where, line in read_lines(path):
         try:
             row = json.loads(line, object_pairs_hook=unique)
-            row = chat_row(row, where) if "messages" in row else row
-            if wrong := [f for f in ("key", "source", "target") if not isinstance(row.get(f), str)]:
+            if "messages" in row:
+                row, others = chat_row(row)
+                for text in others:
+                    unused.setdefault(text, []).append(where)
+                if row is None:
+                    continue
+            elif "audio_filepath" in row:
+                row |= {"source": row["audio_filepath"], "target": row["text"]}
+                row["start"] = row.get("offset")
+            if row.keys() & {"messages", "audio_filepath"}:  # they have no keys
+                row.setdefault("key", f"{Path(row['source']).stem}-{where.rpartition(':')[2]}")
+            if wrong := [f for f in ("source", "target", "key") if not isinstance(row.get(f), str)]:
                 raise ValueError(f"{wrong[0]!r} is missing or no text")
+            row |= {k: float(row[k]) for k in NUMBERS if row.get(k) is not None}
+            if row.get("start") is not None and row.get("end") is None and row.get("duration"):
+                row["end"] = row["start"] + row["duration"]
+            row["channel"] = None if row.get("channel") is None else str(int(row["channel"]))
+            "".join(map(str, row.values())).encode()  # half a character, "\\ud83d", is no text
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{where}: not a clip ({error})") from error
         yield row | {"source": os.path.join(os.path.dirname(path), row["source"]), "where": where}
+    yield from (f"{len(at)} rows, {at[0]} for one: {text}" for text, at in unused.items())
 
 
-def chat_row(row, where):
-    """FunASR's chat format: `<|startofspeech|>!path<|endofspeech|>` in the user's one turn."""
+def chat_row(row):
+    """FunASR's turn `hotwords, prompt <|startofspeech|>!path<|endofspeech|>`, and its answer.
+
+    Output  the row with our fields (None: of no use), and what of it is not used.
+    """
+    speech = r"<\|startofspeech\|>!?(.*?)<\|endofspeech\|>"
     turns = [(turn["role"], turn["content"]) for turn in row["messages"]]
-    text = "".join(content for role, content in turns if role == "user")
-    sources = re.findall(r"<\|startofspeech\|>!?(.+?)<\|endofspeech\|>", text)
-    answers = [content for role, content in turns if role == "assistant"]
-    if len(sources) != 1 or len(answers) != 1:
-        raise ValueError(f"`messages` has {len(sources)} clips and {len(answers)} answers, not one")
-    key = row.get("key") or f"{Path(sources[0]).stem}-{where.rpartition(':')[2]}"
-    return row | {"key": key, "source": sources[0], "target": answers[0]}
+    heard = [n for n, (role, text) in enumerate(turns) for _ in re.findall(speech, text)]
+    if len(heard) != 1 or [role for role, _ in turns[heard[0] :][:2]] != ["user", "assistant"]:
+        return None, ["left out, not one recording and its answer"]
+    at, (_, text), (_, answer) = heard[0], *turns[heard[0] :][:2]
+    prompt, found = re.sub(speech, "", text).strip(), {"target": answer}
+    if hotwords := re.match(r"(?s)(?:.*\n)?热词列表：\[(.*?)\]\s*", prompt):
+        prompt, found["hotwords"] = prompt[hotwords.end() :], hotwords[1]
+    others = {*turns[:at], *turns[at + 2 :]} - {("system", "You are a helpful assistant.")}
+    unused = [f"a turn of the {role} is not used" for role in sorted({role for role, _ in others})]
+    found |= {"source": re.search(speech, text)[1], "prompt": prompt or row.get("prompt")}
+    return row | found, unused
 
 
-def kaldi_rows(folder):
-    texts = dict((line.split(maxsplit=1) + [""])[:2] for _, line in read_lines(f"{folder}/text"))
-    for where, line in read_lines(f"{folder}/wav.scp"):
-        key, source = (line.split(maxsplit=1) + [""])[:2]
-        if not source or source.endswith("|") or key not in texts:
-            raise UserError(f"{where}: {key} needs a plain path, no pipe, and a line in `text`")
-        path = os.path.join(folder, source)
-        yield {"key": key, "source": path, "target": texts[key], "where": where}
+def kaldi_rows(spec):
+    """Kaldi's folder, or its wav.scp: clips are its segments, or whole recordings."""
+    folder = spec if os.path.isdir(spec) else os.path.dirname(spec)
+
+    def table(name):
+        found, path = {}, os.path.join(folder, name)
+        for where, line in read_lines(path) if os.path.isfile(path) else ():
+            key, rest = (line.split(maxsplit=1) + [""])[:2]
+            if key in found:
+                raise UserError(f"{where}: {key} stands at {found[key][0]} too")
+            found[key] = where, rest
+        return found
+
+    wavs, texts, segments, channels = map(table, KALDI)
+    for where, source in wavs.values():
+        if not source or source.endswith("|") or re.search(r"\.ark:\d+", source):
+            raise UserError(f"{where}: a plain path expected, no pipe and no archive")
+    for key, (where, rest) in (segments or wavs).items():
+        row, recording = {"key": key, "where": where, "target": texts.pop(key, ("", ""))[1]}, key
+        try:
+            if segments:
+                recording, start, end = rest.split()
+                row |= {"start": float(start), "end": float(end) if float(end) != -1 else None}
+            row["source"] = os.path.join(folder, wavs[recording][1])
+            if recording in channels:
+                where, rest = channels[recording]
+                row["channel"] = {"1": "A", "2": "B", "A": "A", "B": "B"}[rest.split()[-1]]
+        except (ValueError, LookupError) as error:
+            raise UserError(f"{where}: no segment or side of a recording ({error})") from error
+        yield row
+    if texts:
+        yield f"{len(texts)} lines of `text` have no recording, {min(texts)} for one"
 
 
 def aishell_rows(spec):
@@ -1432,7 +1790,7 @@ def read_table(spec, columns):
     taken |= {name: name for name in ("language", "prompt", "hotwords")}
     taken = {theirs: name for theirs, name in taken.items() if theirs in rows.column_names}
     rows = rows.select_columns(list(taken)).rename_columns(taken)
-    for name in sorted(set(FIELDS) - set(taken.values())):
+    for name in sorted({*FIELDS, *NUMBERS} - set(taken.values())):
         given = {"key": keys, "where": where}.get(name, [None] * len(where))
         rows = rows.add_column(name, given)
     return rows
@@ -1444,13 +1802,13 @@ CLIP_TEXTS = ("key", "target", "language", "prompt", "hotwords")
 CLIP_NUMBERS = ("shard", "number", "frames", "seconds")
 
 
-def open_shard(path):
+def open_shard(path, remedy="delete it, run precompute.py again"):
     from safetensors import SafetensorError, safe_open
 
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: torn ({error}); delete it, run precompute.py again") from error
+        raise UserError(f"{path}: torn ({error}); {remedy}") from error
 
 
 class EncoderCache:
@@ -1481,7 +1839,9 @@ class EncoderCache:
         return self.keep_open(self.paths[shard]).get_tensor(str(number))
 
 
-def cached_clips(specs, cache, tokenizer, cache_dir, normalize=True, speeds=(1.0,)):
+def cached_clips(
+    specs, cache, tokenizer, cache_dir, normalize=True, strip_tags=False, speeds=(1.0,)
+):
     """Manifests -> Dataset of the clips that the cache holds, tokenised once and memory-mapped.
 
     Columns ids, CLIP_TEXTS and CLIP_NUMBERS; a row for each of the `speeds` that precompute.py has
@@ -1513,7 +1873,8 @@ def cached_clips(specs, cache, tokenizer, cache_dir, normalize=True, speeds=(1.0
     if rank > 0:
         dist.barrier()  # process 0 reads and tokenises; the others find what it has made
     for spec in as_list(specs):
-        rows = read_manifest(spec, cache_dir).select_columns(list(CLIP_TEXTS))  # no audio
+        rows = read_manifest(spec, cache_dir, strip_tags=strip_tags)
+        rows = rows.select_columns(list(CLIP_TEXTS))  # no audio
         name = hash_text([rows._fingerprint, made_of])
         clips = rows.map(
             prepare, with_indices=True, batched=True, batch_size=4096,

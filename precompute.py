@@ -37,6 +37,7 @@ data:
   test: ""
   perturb: ""          # manifests of train that data.speed applies to; empty: all of them
   speed: [1.0]         # training clips are cached once per factor; keys get "@0.9"
+  channel: mix         # of a recording whose row names none: mix, 0 or 1
   min_s: 0.1           # clips shorter or longer are left out and counted
   max_s: 40.0
   max_dropped: 100     # stop when more clips than this cannot be used
@@ -78,9 +79,13 @@ def list_clips(cfg):
         for spec in model.as_list(cfg.data[part]):
             rows = model.read_manifest(spec, Path(cfg.cache.dir) / "manifests")
             speeds = cfg.data.speed if part == "train" and spec in perturbed else [1.0]
-            sources = rows["source"] if "source" in rows.column_names else [None] * len(rows)
-            for row, (key, source) in enumerate(zip(rows["key"], sources, strict=True)):
-                stamp = file_stamp(source) if source else f"{rows._fingerprint}-{row}"
+            names = ("key", "source", "start", "end", "channel")
+            columns = zip(*(rows[name] for name in names), strict=True)
+            for row, (key, source, *place) in enumerate(columns):
+                stamp = f"{rows._fingerprint}-{row}"  # where a table holds the audio
+                if source:
+                    place = [place] if any(place) else []  # part and channel of the recording
+                    stamp = model.hash_text([*model.file_stamp(source), *place])
                 for speed in speeds:
                     name = key if speed == 1.0 else f"{key}@{speed}"
                     clip = Clip(name, stamp, len(manifests), row, speed)
@@ -90,12 +95,6 @@ def list_clips(cfg):
     if not clips:
         raise model.UserError("nothing to encode: give data.train, data.valid or data.test")
     return manifests, list(clips.values())
-
-
-def file_stamp(path):
-    file = Path(path)
-    stat = file.stat() if file.is_file() else None
-    return model.hash_text([path, stat and stat.st_size, stat and stat.st_mtime_ns])
 
 
 def read_index(path):
@@ -146,7 +145,7 @@ class Clips(torch.utils.data.Dataset):
         clip, data, rate = self.clips[number], self.cfg.data, self.encoder.sample_rate
         row = self.manifests[clip.manifest][clip.row]
         try:
-            wave = model.load_audio(row.get("audio") or row["source"], rate)
+            wave = model.load_clip(row, rate, data.channel)
             wave = model.change_speed(wave, clip.speed, rate)
             seconds = len(wave) / rate
             if not data.min_s <= seconds <= data.max_s:
@@ -202,6 +201,7 @@ def save_shard(path, clips, items, outputs, reasons):
 def main(cfg):
     started = time.time()
     model.at_least(1, cfg, "cache.shard_clips")
+    model.one_of(("mix", "0", "1"), cfg, "data.channel")
     model.at_least(0, cfg, "workers", "data.max_dropped")
     # one process may have all the work left while the others wait for it
     device, dtype, rank, world = model.start(cfg.device, cfg.dtype, timedelta(hours=12))
@@ -212,8 +212,9 @@ def main(cfg):
     manifests, clips = list_clips(cfg)
     encoder = model.freeze(model.load_encoder(**cfg.encoder)).to(device)
 
-    settings = {"seed": cfg.seed, "dtype": str(dtype), "min_s": cfg.data.min_s}
-    identity = {"encoder": encoder.identity, "settings": settings | {"max_s": cfg.data.max_s}}
+    settings = {"seed": cfg.seed, "dtype": str(dtype)}
+    settings |= {name: cfg.data[name] for name in ("min_s", "max_s", "channel")}
+    identity = {"encoder": encoder.identity, "settings": settings}
     if (folder / "cache.json").exists():
         found = model.EncoderCache(folder).identity
         model.check_identity(found, identity, f"{folder} (give another cache.dir, or delete it)")
@@ -273,10 +274,11 @@ def finish(folder, clips, max_dropped, started):
     model.save(folder / "dropped.jsonl", dropped)
     seconds = time.time() - started
     print(f"{folder}: {hours:.2f} h cached, {len(dropped)} clips left out; {seconds:.0f} s")
-    if len(dropped) > max_dropped:
+    if len(dropped) > max_dropped or len(dropped) == len(clips):
         last = f"{dropped[-1]['key']}: {dropped[-1]['reason']}"
-        many = f"{len(dropped)} clips cannot be used, more than data.max_dropped={max_dropped}"
-        raise model.UserError(f"{many}; the last is {last}; see {folder}/dropped.jsonl")
+        many = f"{len(dropped)} of {len(clips)} clips cannot be used"
+        where = f"the last is {last}; see {folder}/dropped.jsonl"
+        raise model.UserError(f"{many}, data.max_dropped={max_dropped}; {where}")
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ data:
   valid: ???
   speed: [1.0]           # copies of train to use, of those that precompute.py has made
   normalize: true        # train on normalised text (lower case, no punctuation), as scoring does
+  strip_tags: false      # take tags such as <|zh|> out of targets
   cache_dir: ""          # of tokenised manifests; empty: beside run.dir
 llm:
   name: ???              # only its embedding table and tokenizer are read
@@ -221,15 +222,14 @@ def pool_texts(ids, table):
 def load_embedding(name):
     """The LLM's input embedding table (V, D) fp32 and its tokenizer, without loading the LLM."""
     from safetensors import safe_open
-    from transformers import AutoTokenizer
 
     folder, tensor, file = model.find_model(name), "model.embed_tokens.weight", "model.safetensors"
     if (index := folder / f"{file}.index.json").is_file():  # large models come in several files
         file = json.loads(index.read_text())["weight_map"][tensor]
     if not (folder / file).is_file():
         raise model.UserError(f"{folder}: has no {file}; only safetensors are read")
-    with safe_open(folder / file, "pt") as weights:
-        return weights.get_tensor(tensor).float(), AutoTokenizer.from_pretrained(folder)
+    with model.loading(folder), safe_open(folder / file, "pt") as weights:
+        return weights.get_tensor(tensor).float(), model.load_tokenizer(folder)
 
 
 def learning_rate(step, total, optim):
@@ -322,7 +322,8 @@ def main(cfg):
     identity = {"encoder": cache.encoder, "llm": {"name": cfg.llm.name, "weights": weights}}
     settings = identity["adaptor"] = {key: v for key, v in cfg.adaptor.items() if key != "dropout"}
     state = model.open_run(folder, cfg, identity, cfg.run.resume, rank, world)
-    rest = (cache, tokenizer, cfg.data.cache_dir or folder.parent / "manifests", cfg.data.normalize)
+    rest = [cache, tokenizer, cfg.data.cache_dir or folder.parent / "manifests"]
+    rest += [cfg.data.normalize, cfg.data.strip_tags]
     train = model.cached_clips(cfg.data.train, *rest, cfg.data.speed)
     valid = model.cached_clips(cfg.data.valid, *rest)
 

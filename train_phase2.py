@@ -55,6 +55,7 @@ data:
   valid: ???
   speed: [1.0]           # copies of train to use, of those that precompute.py has made
   normalize: true        # train on normalised text (lower case, no punctuation), as scoring does
+  strip_tags: false      # take tags such as <|zh|> out of targets
   cache_dir: ""          # of tokenised manifests; empty: beside run.dir
 init:
   dir: ""                # run.dir of phase 1, with its adaptor's settings; empty: random weights
@@ -318,7 +319,8 @@ def main(cfg):
     identity = {"encoder": cache.encoder, "llm": llm.identity}
     settings = identity["adaptor"] = adaptor_settings(cfg, identity)
     state = model.open_run(folder, cfg, identity, cfg.run.resume, rank, world)
-    rest = (cache, tokenizer, cfg.data.cache_dir or folder.parent / "manifests", cfg.data.normalize)
+    rest = [cache, tokenizer, cfg.data.cache_dir or folder.parent / "manifests"]
+    rest += [cfg.data.normalize, cfg.data.strip_tags]
     train = model.cached_clips(cfg.data.train, *rest, cfg.data.speed)
     valid = model.cached_clips(cfg.data.valid, *rest)
 

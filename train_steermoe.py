@@ -95,6 +95,7 @@ max_audio_length: 30.0   # seconds
 max_text_length: 448     # tokens
 filter_dataset: true     # leave training clips out that are over one of the three limits
 normalize_text: true     # train on lower case without punctuation
+strip_tags: false        # take tags such as <|zh|> out of targets
 textual_prompt: "please transcribe the audio content into text: "
 system_prompt: null      # null: the chat template's own; "": an empty one
 adaptor: linear          # linear, or stack: stack_frames frames -> Linear -> GELU -> Linear
@@ -145,22 +146,19 @@ def list_clips(specs, cfg, steermoe):
     """
     import datasets
 
-    texts = ("key", "where", "target", "language", "prompt", "hotwords", "question")
-    kinds = {name: datasets.Value("string") for name in (*texts, "reason")}
+    texts = ("key", "where", "target", "language", "prompt", "hotwords", "question", "reason")
+    kinds = {name: datasets.Value("string") for name in texts}
     kinds |= {"ids": datasets.List(datasets.Value("int32")), "seconds": datasets.Value("float64")}
     tokenizer, columns = steermoe.tokenizer, ("audio_column", "text_column", "question_column")
     made_of = [cfg.normalize_text, sorted(kinds), tokenizer.backend_tokenizer.to_str()]
     folder = Path(cfg.cache_dir or Path(cfg.training.output_dir).parent / "manifests")
     folder.mkdir(parents=True, exist_ok=True)
 
-    def measure(row):
-        clip = {name: row.get(name) for name in texts} | {"seconds": 0.0, "reason": ""}
+    def tokenize(row):
+        clip = {name: row.get(name) for name in (*texts, "seconds")}
+        clip["reason"] = row["reason"] and f"{row['where']}: {row['reason']}"
         text = clip["target"] = (row["target"] or "").strip()
         text = model.normalize_text(text) if cfg.normalize_text else text
-        try:
-            clip["seconds"] = model.audio_seconds(row.get("audio", row.get("source")))
-        except model.AudioError as error:
-            clip["reason"] = f"{row['where']}: {error}"
         return clip | {"ids": model.text_to_ids(tokenizer, [text])[0]}
 
     rank, manifests, tables = dist.get_rank() if dist.is_initialized() else 0, [], []
@@ -169,10 +167,11 @@ def list_clips(specs, cfg, steermoe):
         if rank > 0:
             dist.barrier(group)
     for spec in model.as_list(specs):
-        rows = model.read_manifest(spec, folder, [cfg[key] for key in columns])
+        rows = model.read_manifest(spec, folder, [cfg[key] for key in columns], cfg.strip_tags)
+        rows = model.with_seconds(rows, folder)
         mark = model.hash_text([rows._fingerprint, made_of])
         table = rows.map(
-            measure, remove_columns=rows.column_names, features=datasets.Features(kinds),
+            tokenize, remove_columns=rows.column_names, features=datasets.Features(kinds),
             new_fingerprint=mark, cache_file_name=str(folder / f"clips-{mark}.arrow"),
         )  # fmt: skip
         if cfg.task == "qa" and (missing := table.data.column("question").null_count):
@@ -213,7 +212,7 @@ class Clips(torch.utils.data.Dataset):
             part = int(np.searchsorted(self.ends, row["number"], side="right"))
             source = self.manifests[part][int(row["number"] - self.ends[part])]  # from its end
             try:
-                wave = model.load_audio(source.get("audio", source.get("source")), rate)
+                wave = model.load_clip(source | {"seconds": row["seconds"]}, rate)
                 feats.append(self.encoder.features(wave, row["key"]))
             except model.AudioError as error:  # silence: every process has a batch in each step
                 feats.append(self.encoder.features(torch.zeros(rate)))

@@ -4,7 +4,9 @@ import io
 import json
 import math
 import os
+import struct
 
+import av
 import datasets
 import numpy as np
 import pytest
@@ -27,6 +29,35 @@ def level_at(wave, hz, rate=16000):
     wave = np.asarray(wave, dtype=np.float64)[rate // 10 : -rate // 10]
     phase = np.exp(-2j * math.pi * hz * np.arange(len(wave)) / rate)
     return 2 * abs((wave * phase * np.hanning(len(wave))).sum() / np.hanning(len(wave)).sum())
+
+
+def encoded(samples, rate=16000, form="WAV", subtype=None, **how):
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, subtype, format=form, **how)
+    return file.getvalue()
+
+
+def muxed(form, codec, samples, rate=16000, picture=False):
+    """What FFmpeg writes of one channel, a film where there is a picture."""
+    file, codecs = io.BytesIO(), ["mpeg4"] * picture + [codec]
+    with av.open(file, "w", format=form) as out:
+        *films, sound = (out.add_stream(name, rate=rate if name == codec else 5) for name in codecs)
+        sound.layout = "mono"
+        for film in films:
+            film.width = film.height = 16
+            film.pix_fmt = "yuv420p"
+            for part in (av.VideoFrame(16, 16, "yuv420p"), None):
+                out.mux(film.encode(part))
+        frame = av.AudioFrame.from_ndarray(np.int16(samples * 32767)[None], "s16", "mono")
+        frame.sample_rate = rate
+        for part in (frame, None):
+            out.mux(sound.encode(part))
+    return file.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def say_again():
+    model.note.cache_clear()
 
 
 def noise(samples, seed=0, level=0.1):
@@ -74,7 +105,7 @@ def test_containers_and_sample_formats_give_the_same_sound(tmp_path, ending, sub
     soundfile.write(tmp_path / f"a.{ending}", sine(1000, 16000)[:15999], 16000, subtype)
     wave = model.load_audio(tmp_path / f"a.{ending}", 16000)
     assert level_at(wave, 1000) == pytest.approx(0.5, abs=atol)
-    assert len(wave) == 15999 or ending == "mp3"
+    assert len(wave) == 15999 or ending == "mp3" or ending == "ogg" and len(wave) == 15743
 
 
 def test_sources_other_than_files(tmp_path):
@@ -127,16 +158,123 @@ def test_a_file_that_cannot_be_used_is_an_audio_error(tmp_path, name, make, mess
             model.load_audio(path.read_bytes(), 16000)
 
 
-def test_stereo_from_a_pipe_is_averaged_and_no_audio_is_an_error(tmp_path):
-    left, right = sine(1000, 16000), sine(3000, 16000)
-    soundfile.write(tmp_path / "a.wav", np.stack([left, right], axis=1), 16000)
-    data = bytearray((tmp_path / "a.wav").read_bytes())
-    data[4:8] = data[40:44] = b"\xff\xff\xff\xff"  # ffmpeg and sox cannot know the length there
-    mean = torch.from_numpy((left + right) / 2).float()
-    torch.testing.assert_close(model.load_audio(bytes(data), 16000), mean, atol=1e-4, rtol=0)
-    for nothing in (None, {"bytes": None, "path": None}, {"bytes": b"", "path": None}):
-        with pytest.raises(model.AudioError):
+OGG = {"form": "OGG", "subtype": "VORBIS"}
+OPUS = {"form": "OGG", "subtype": "OPUS"}
+
+
+@pytest.mark.parametrize("make", [
+    *[lambda x, form=form, kind=kind: encoded(x, 8000, form, kind) for form, kind in (
+        ("WAV", "GSM610"), ("WAV", "G721_32"), ("AU", "G723_40"), ("WAV", "NMS_ADPCM_32"),
+        ("WAV", "IMA_ADPCM"), ("WAV", "MS_ADPCM"), ("AIFF", "GSM610"), ("CAF", "ALAC_16"))],
+    *[lambda x, form=form, codec=codec: muxed(form, codec, x, 8000) for form, codec in (
+        ("ipod", "aac"), ("adts", "aac"), ("amr", "libopencore_amrnb"), ("webm", "libopus"),
+        ("3gp", "libopencore_amrnb"), ("wav", "pcm_alaw"), ("wav", "adpcm_ms"))],
+    *[lambda x, form=form: muxed(form, "aac", x, 8000, True) for form in ("mp4", "matroska")],
+])  # fmt: skip
+def test_what_phones_browsers_and_films_hold_is_read(make):
+    source = make(sine(1000, 8000, 2.0))
+    wave = model.load_audio(source, 16000)
+    assert len(wave) / 16000 == pytest.approx(2.0, abs=0.2)
+    assert level_at(wave[3200:28800], 1000) == pytest.approx(0.5, abs=0.06)
+    assert model.audio_seconds(source) == pytest.approx(len(wave) / 16000, abs=1e-4)
+    part = model.load_audio(source, 16000, 0.5, 1.5)
+    torch.testing.assert_close(part[800:-800], wave[8800:23200], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [{"form": "MP3"}, OGG, OPUS])
+def test_joined_files_are_read_whole_and_half_ones_refused(kind):
+    one, two = encoded(sine(1000, 16000, 2.0), **kind), encoded(sine(3000, 16000), **kind)
+    wave = model.load_audio(one + two, 16000)
+    assert len(wave) / 16000 == pytest.approx(3.0, abs=0.2)
+    assert level_at(wave[:28000], 1000) == pytest.approx(0.5, abs=0.05)
+    assert level_at(wave[35000:], 3000) == pytest.approx(0.5, abs=0.05)
+    long = encoded(np.asarray(noise(64000)), **kind)
+    with pytest.raises(model.AudioError, match="truncated, "):
+        model.load_audio(long[: len(long) // 2], 16000)
+
+
+def test_a_stated_length_is_held_against_what_is_there_but_no_guess_is():
+    for whole in (muxed("webm", "libopus", sine(1000, 16000, 3.0)),
+                  encoded(sine(1000, 8000, 3.0), 8000, subtype="GSM610")):  # fmt: skip
+        with pytest.raises(model.AudioError, match="truncated, "):
+            model.load_audio(whole[: len(whole) // 2], 16000)
+    quiet_then_loud = np.concatenate([np.zeros(160000), np.asarray(noise(160000, level=0.3))])
+    for samples in (quiet_then_loud, quiet_then_loud[::-1]):  # FFmpeg guesses 45 and 12 s
+        mp3 = encoded(samples, form="MP3", bitrate_mode="VARIABLE")
+        for mark in (b"Xing", b"Info"):
+            mp3 = mp3.replace(mark, bytes(4))
+        assert model.audio_seconds(mp3) == pytest.approx(20.0, abs=0.2)
+    wave = model.load_audio(b"ID3\4\0\0\0\0\2\0" + bytes(256) + mp3, 16000)
+    assert len(wave) / 16000 == pytest.approx(20.0, abs=0.2)
+
+
+def test_lengths_that_a_header_has_not_or_has_wrong():
+    samples = sine(1000, 16000)
+    wav, flac = bytearray(encoded(samples)), bytearray(encoded(samples, form="FLAC"))
+    at, right = wav.find(b"data") + 4, model.load_audio(bytes(wav), 16000)
+    flac[21:26] = flac[21] & 0xF0, 0, 0, 0, 0  # FLAC into a pipe
+    sources = [flac, wav + b"LIST" + struct.pack("<I", 4000) + b"INFO" + bytes(range(256)) * 16]
+    for size in (0, 0xFFFFFFFF):  # a recorder that was killed; ffmpeg and sox into a pipe
+        sources.append(bytearray(wav))
+        sources[-1][4:8] = sources[-1][at : at + 4] = struct.pack("<I", size)
+    for source in map(bytes, sources):
+        torch.testing.assert_close(model.load_audio(source, 16000), right, atol=1e-4, rtol=0)
+        assert model.audio_seconds(source) == 1.0
+    wav[at : at + 4] = struct.pack("<I", 10000)
+    with pytest.raises(model.AudioError, match="goes on behind the 5000 samples of its header"):
+        model.audio_seconds(bytes(wav))
+    for nothing in (None, {"bytes": None, "path": None}, {"bytes": b"", "path": None}, "a\0b",
+                    b"ffconcat version 1.0\nfile /etc/hostname\n"):  # fmt: skip
+        with pytest.raises(model.AudioError, match="not readable as audio"):
             model.load_audio(nothing, 16000)
+
+
+def test_samples_in_the_range_of_integers_are_refused_with_their_scale():
+    for scale in (2**15, 2**31):
+        with pytest.raises(model.AudioError, match=f"scale of integers: divide by {scale}"):
+            model.load_audio(encoded(sine(1000, 16000) * scale, subtype="FLOAT"), 16000)
+    loud = model.load_audio(encoded(sine(1000, 16000) * 4, subtype="FLOAT"), 16000)
+    assert level_at(loud, 1000) == pytest.approx(2.0, abs=1e-3)
+
+
+def test_channels(tmp_path, capsys):
+    left, right = sine(1000, 16000), sine(3000, 16000)
+    call, anti, mono = (np.stack(sides, 1) for sides in ((left, right), (left, -left), (left,)))
+
+    def read(samples, channel):
+        return model.load_audio(encoded(samples), 16000, channel=channel)
+
+    for channel, wanted in (
+        ("mix", (left + right) / 2), ("0", left), ("1", right), ("B", right),
+        ("split", np.stack([left, right])),
+    ):  # fmt: skip
+        wanted = torch.from_numpy(wanted).float()
+        torch.testing.assert_close(read(call, channel), wanted, atol=1e-4, rtol=0)
+    assert torch.equal(read(mono, "B"), read(mono, "mix")), "a side that is a file of its own"
+    for channel in ("1", "-1"):
+        with pytest.raises(model.AudioError, match=f"has 1 channels, none of number {channel}"):
+            read(mono, channel)
+    for _ in range(2):
+        torch.testing.assert_close(read(anti, "mix"), read(anti, "0"))
+    assert capsys.readouterr().err.count("its two channels cancel each other, the first") == 1
+    soundfile.write(tmp_path / "a.wav", call, 16000)
+    row = {"key": "a", "source": str(tmp_path / "a.wav"), "start": 0.25, "end": 0.75}
+    part = model.load_clip(row | {"channel": "1"}, 16000)
+    torch.testing.assert_close(part, read(call, "1")[4000:12000])
+    with pytest.raises(model.AudioError, match="0.75 s read, 0.95 s expected: .*ends before its"):
+        model.load_clip(row | {"end": 1.2}, 16000)
+    model.load_clip({"key": "a", "source": row["source"], "seconds": 1.05}, 16000)
+    assert not capsys.readouterr().err
+    model.load_clip({"key": "a", "source": row["source"], "seconds": 1.25}, 16000)
+    assert "a: 1.00 s read, 1.25 s expected" in capsys.readouterr().err
+
+
+def test_a_long_recording_is_resampled_in_pieces_to_the_same():
+    for rate in (8000, 44100):
+        wave = noise(125 * rate + 77)
+        how = 64, 0.9475937167399596, "sinc_interp_kaiser", 14.769656459379492
+        whole = torchaudio.functional.resample(wave, rate, 16000, *how)
+        torch.testing.assert_close(model.resample(wave, rate, 16000), whole, atol=1e-6, rtol=0)
 
 
 def test_features_equal_funasr(tmp_path):
@@ -196,7 +334,7 @@ def entry(key="a", **extra):
 
 
 SYSTEM, SPEECH, ANSWER = (
-    {"role": "system", "content": "You are helpful."},
+    {"role": "system", "content": "You are a helpful assistant."},
     {"role": "user", "content": "语音转写：<|startofspeech|>!/data/BAC009.wav<|endofspeech|>"},
     {"role": "assistant", "content": "今天天气"},
 )
@@ -216,12 +354,74 @@ def test_what_lines_may_hold(tmp_path):
     assert (one["prompt"], one["hotwords"], one["question"]) == ("P:", "Ann, Bo", None)
     assert (two["target"], three["target"], three["hotwords"]) == ("one\u2028two", "a\x85b", "Cy")
     assert three["where"] == "m.jsonl:4" and two["source"] == str(tmp_path / "a.wav")
-    assert one.keys() == set(model.FIELDS)
-    chat = json.dumps({"messages": [SYSTEM, SPEECH, ANSWER], "text_length": 4})
-    row, chat = read(lines(tmp_path, entry(language=5, prompt={"a": 1}), chat), tmp_path)
+    assert one.keys() == {*model.FIELDS, *model.NUMBERS}
+    (row,) = read(lines(tmp_path, entry(language=5, prompt={"a": 1}, channel=1)), tmp_path)
     assert (row["language"], row["prompt"]) == ("5", "{'a': 1}")  # as text, as the hotwords
-    assert (chat["key"], chat["source"]) == ("BAC009-2", "/data/BAC009.wav")
-    assert chat["target"] == "今天天气"
+    assert row["channel"] == "1"
+    nemo = {"audio_filepath": "a.wav", "duration": 1.5, "text": "x"}
+    (tmp_path / "m.json").write_text(f"{json.dumps(nemo)}\n{json.dumps(nemo | {'offset': 2})}\n")
+    rows = read(tmp_path / "m.json", tmp_path)
+    found = [(row["key"], row["start"], row["end"], row["duration"]) for row in rows]
+    assert found == [("a-1", None, None, 1.5), ("a-2", 2.0, 3.5, 1.5)]
+
+
+def test_a_chat_row_gives_prompt_and_hotwords_and_says_what_is_not_used(tmp_path, capsys):
+    def user(text):
+        return SPEECH | {"content": f"{text}<|startofspeech|>!a.wav<|endofspeech|>"}
+
+    header = "请结合上下文信息。\n\n\n**上下文信息：**\n\n\n热词列表：[报价单, 发票]\n"
+    other, ask = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "And?"}
+    chats = [
+        [SYSTEM, SPEECH, ANSWER], [SYSTEM, user(f"{header}语音转写成英文："), ANSWER],
+        [other, user("热词列表：[报价单]\n语音转写："), ANSWER, ask, ANSWER], [user(""), ANSWER],
+        [SYSTEM, SPEECH, ANSWER, SPEECH, ANSWER], [SYSTEM, ask, ANSWER],
+    ]  # fmt: skip
+    path = lines(tmp_path, *[json.dumps({"messages": turns, "n": 4}) for turns in chats])
+    for _ in range(2):  # the second time it is kept
+        model.note.cache_clear()
+        rows = read(path, tmp_path)
+        said = capsys.readouterr().err
+        for text in (
+            "2 rows, m.jsonl:5 for one: left out, not one recording and its answer",
+            "1 rows, m.jsonl:3 for one: a turn of the system is not used",
+            "m.jsonl:3 for one: a turn of the user is not used", "a turn of the assistant is not",
+        ):  # fmt: skip
+            assert text in said
+    names = ("key", "source", "target", "prompt", "hotwords")
+    a, b = str(tmp_path / "a.wav"), "/data/BAC009.wav"
+    assert [tuple(row[name] for name in names) for row in rows] == [
+        ("BAC009-1", b, "今天天气", "语音转写：", None),
+        ("a-2", a, "今天天气", "语音转写成英文：", "报价单, 发票"),
+        ("a-3", a, "今天天气", "语音转写：", "报价单"), ("a-4", a, "今天天气", None, None),
+    ]  # fmt: skip
+
+
+def test_tags_in_targets_are_counted_and_stripped_only_where_that_is_asked(tmp_path, capsys):
+    tagged = entry("b", target="<|zh|><|NEUTRAL|><|withitn|>今天")
+    path = lines(tmp_path, entry("a"), tagged)
+    assert [row["target"] for row in read(path, tmp_path)] == ["hi", json.loads(tagged)["target"]]
+    assert "m.jsonl: 1 targets hold tags such as <|zh|>, which stay" in capsys.readouterr().err
+    rows = read(path, tmp_path, strip_tags=True)
+    assert [row["target"] for row in rows] == ["hi", "今天"] and rows[1]["key"] == "b"
+    assert "1 targets hold tags such as <|zh|>, which are taken out" in capsys.readouterr().err
+
+
+def test_durations_are_found_once_and_again_when_a_file_changes(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "a.wav", sine(500, 16000), 16000)
+    (tmp_path / "b.mp3").write_bytes(encoded(sine(500, 16000, 2.0), form="MP3"))
+    parts = entry("e", start=0.25), entry("f", start=1, end=3), entry("d", duration=7)
+    path = lines(tmp_path, entry(), entry("b", source="b.mp3"), entry("c", source="c.wav"), *parts)
+    read_mp3, calls = model.read_ffmpeg, []
+    monkeypatch.setattr(model, "read_ffmpeg", lambda file: calls.append(1) or read_mp3(file))
+
+    def seconds():
+        rows = model.with_seconds(model.read_manifest(path, tmp_path / "kept"), tmp_path / "kept")
+        assert rows["reason"][2] == "not readable as audio (No such file or directory)"
+        return [round(value, 1) for value in rows["seconds"]]
+
+    assert seconds() == seconds() == [1.0, 2.0, 0.0, 0.8, 2.0, 7.0] and len(calls) == 1
+    soundfile.write(tmp_path / "a.wav", sine(500, 16000, 3.0), 16000)
+    assert seconds() == [3.0, 2.0, 0.0, 2.8, 2.0, 7.0]
 
 
 @pytest.mark.parametrize(("texts", "message"), [
@@ -232,10 +432,13 @@ def test_what_lines_may_hold(tmp_path):
     ([entry(target=5)], "m.jsonl:1: .*'target'"), (["[1, 2]"], "m.jsonl:1"), (["5"], "m.jsonl:1"),
     ([entry("a"), entry("b"), entry("a")], "m.jsonl:3: key 'a' stands at m.jsonl:1 too"),
     ([entry()[:-1] + ', "target": "yes"}'], "m.jsonl:1: .*given twice"),
-    ([json.dumps({"messages": [{"role": "user", "content": "hi"}]})], "m.jsonl:1: .*0 clips"),
-    ([json.dumps({"messages": [SPEECH, SPEECH, ANSWER]})], "m.jsonl:1: .*2 clips"),
-    ([json.dumps({"messages": [SPEECH, ANSWER, ANSWER]})], "m.jsonl:1: .*2 answers"),
+    ([json.dumps({"messages": [SPEECH]})], "m.jsonl: holds no clips; 1 rows, .* left out"),
     ([json.dumps({"messages": "hi"})], "m.jsonl:1"), (["", ""], "m.jsonl: holds no clips"),
+    ([entry(start=3, end=2)], "m.jsonl:1: no part of a recording goes from 3.0 to 2.0 s"),
+    ([entry(end=float("nan"))], "m.jsonl:1: no part"), ([entry(channel="x")], "m.jsonl:1: not a"),
+    ([entry(duration="long")], "m.jsonl:1: not a clip"),
+    ([entry(target="x")[:-2] + '\\ud83d"}'], "m.jsonl:1: not a clip .*surrogates"),
+    ([json.dumps({"audio_filepath": "a.wav"})], "m.jsonl:1: not a clip .*'text'"),
 ])  # fmt: skip
 def test_a_broken_manifest_names_file_and_line(tmp_path, texts, message):
     with pytest.raises(model.UserError, match=message):
@@ -246,19 +449,61 @@ def test_a_broken_manifest_names_file_and_line(tmp_path, texts, message):
             read(spec, tmp_path)
 
 
-def test_kaldi_folder_joins_wav_scp_and_text(tmp_path):
-    (tmp_path / "wav.scp").write_text("b\twavs/b.wav \na /data/a.wav\n")
-    (tmp_path / "text").write_text("a hello  there\nb\n")
-    found = [(row["key"], row["source"], row["target"]) for row in read(tmp_path, tmp_path)]
-    b = str(tmp_path / "wavs/b.wav")
-    assert found == [("b", b, ""), ("a", "/data/a.wav", "hello  there")]
-    for scp in ("c c.wav\n", "a sph2pipe a.sph |\n", "a\n"):
-        (tmp_path / "wav.scp").write_text(scp)
-        with pytest.raises(model.UserError, match="wav.scp:1: . needs a plain path"):
-            read(tmp_path, tmp_path)
-    (tmp_path / "text").unlink()
-    with pytest.raises(model.UserError, match="text: .*No such file"):
-        read(tmp_path, tmp_path)
+def kaldi(folder, **files):
+    """A folder with these files, `scp` for wav.scp, lines parted by "; "."""
+    for name, text in files.items():
+        path = folder / {"scp": "wav.scp"}.get(name, name)
+        path.write_text(text.replace("; ", "\n") + "\n", encoding="utf-8")
+    return folder
+
+
+def test_kaldi_folder_joins_its_tables(tmp_path, capsys):
+    kaldi(tmp_path, scp="b\twavs/b.wav ; a /data/a.wav")
+    fields = ("key", "source", "target", "start", "end", "channel")
+
+    def found(spec=tmp_path):
+        return [tuple(row[name] for name in fields) for row in read(spec, tmp_path)]
+
+    b, whole = str(tmp_path / "wavs/b.wav"), (None, None, None)
+    assert found() == [("b", b, "", *whole), ("a", "/data/a.wav", "", *whole)]
+    kaldi(tmp_path, text="a hello  there; b; c nothing; d nothing")
+    rows = [("b", b, "", *whole), ("a", "/data/a.wav", "hello  there", *whole)]
+    assert found() == found(tmp_path / "wav.scp") == rows
+    assert "2 lines of `text` have no recording, c for one" in capsys.readouterr().err
+    kaldi(tmp_path, segments="b-1 b 0.00 0.90; b-2 b 0.9 -1; a-1 a 5 6.5",
+          reco2file_and_channel="b call B; a call 1", text="b-1 one two; a-1 three")  # fmt: skip
+    assert found() == [("b-1", b, "one two", 0.0, 0.9, "B"), ("b-2", b, "", 0.9, None, "B"),
+                       ("a-1", "/data/a.wav", "three", 5.0, 6.5, "A")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("files", "message"), [
+    ({"scp": "c c.wav |"}, "wav.scp:1: a plain path expected, no pipe and no archive"),
+    ({"scp": "a a.wav; c /x/raw.ark:1234"}, "wav.scp:2: a plain path"), ({"scp": "a"}, "wav.scp:1"),
+    ({"scp": "a a.wav; a b.wav"}, "wav.scp:2: a stands at wav.scp:1 too"),
+    ({"text": "a one; b x; a two"}, "text:3: a stands at text:1 too"),
+    ({"segments": "s a 0 1; s a 1 2"}, "segments:2: s stands at segments:1 too"),
+    ({"segments": "s a 0 1; t x 0 1"}, "segments:2: no segment .*'x'"),
+    ({"segments": "s a 0"}, "segments:1: no seg"), ({"segments": "s a 0 x"}, "segments:1: no seg"),
+    ({"segments": "s a 2 1"}, "segments:1: no part of a recording goes from 2.0 to 1.0 s"),
+    ({"reco2file_and_channel": "a a C"}, "channel:1: no .*side"), ({"scp": ""}, "holds no clips"),
+])  # fmt: skip
+def test_kaldis_tables_are_refused_by_line(tmp_path, files, message):
+    with pytest.raises(model.UserError, match=message):
+        read(kaldi(tmp_path, **{"scp": "a a.wav", **files}), tmp_path)
+
+
+def test_kaldis_segments_are_the_parts_of_the_recording(tmp_path):
+    left, right = np.repeat([0.1, 0.2], 8000), np.repeat([0.3, 0.4], 8000)
+    soundfile.write(tmp_path / "call.wav", np.stack([left, right], 1), 8000)
+    kaldi(tmp_path, scp="x call.wav", segments="s x 0 1; t x 1 2; u x 1.5 9", text="s a; t b",
+          reco2file_and_channel="x x B")  # fmt: skip
+    one, two, three = read(tmp_path, tmp_path)
+    for row, value, text in ((one, 0.3, "a"), (two, 0.4, "b")):
+        wave = model.load_clip(row, 8000)
+        torch.testing.assert_close(wave, torch.full((8000,), value), atol=1e-4, rtol=0)
+        assert model.clip_seconds(row) == 1.0 and row["target"] == text
+    with pytest.raises(model.AudioError, match="0.50 s read, 7.50 s expected: the recording ends"):
+        model.load_clip(three, 8000)
 
 
 def test_aishell_folder_joins_words_and_sees_a_new_transcript(tmp_path):

@@ -180,6 +180,27 @@ def test_sensevoice_equals_funasrs_parts(sensevoice_folder, language, row, text_
         torch.testing.assert_close(enc[n, : lens[n]], expected[4:], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(("kind", "file", "load"), [
+    ("qwen3", "model.safetensors", model.load_llm), ("official", "model.pt", model.load_encoder),
+    ("whisper", "model.safetensors", model.load_encoder),
+    ("parakeet", "config.json", model.load_encoder),
+    ("sensevoice", "am.mvn", model.load_encoder),
+    ("whisper", "preprocessor_config.json", model.load_encoder),
+])  # fmt: skip
+def test_a_folder_that_is_not_whole_is_one_line(request, tmp_path, kind, file, load):
+    folder = shutil.copytree(request.getfixturevalue(f"{kind}_folder"), tmp_path / "model")
+    whole = (folder / file).read_bytes()
+    half = f"{file}: torn .*download it again|{file}: (not a plain|expected)|not whole, or of"
+    for content, message in (
+        (b"version https://git-lfs.github.com/spec/v1\n", f"{file}: a git-lfs .*run git lfs pull"),
+        (whole[: len(whole) // 2], half),
+    ):
+        (folder / file).write_bytes(content)
+        with pytest.raises(model.UserError, match=f"^{folder}.*{message}") as caught:
+            load(folder)
+        assert "\n" not in str(caught.value)
+
+
 @torch.no_grad()
 def test_nano_has_no_queries_no_cmvn_and_loads_bf16_as_fp32(official_folder):
     encoder, (clip,) = without_dither(model.load_encoder(official_folder)), waves(16000)

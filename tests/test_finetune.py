@@ -8,7 +8,9 @@ import re
 from pathlib import Path
 
 import make_twins
+import numpy as np
 import pytest
+import soundfile
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
@@ -189,7 +191,8 @@ train_conf: avg_nbest_model=1 log_interval=0 validate_interval=0 valid_clips=1
 train_conf: use_bf16=true""",
 }
 ELSEWHERE = """output_dir train_conf.resume dataset_conf.retry dataset_conf.ctc_tokenizer
-    train_conf.early_stopping_patience train_conf.save_checkpoint_interval llm_conf.llm_dtype"""
+    train_conf.early_stopping_patience train_conf.save_checkpoint_interval llm_conf.llm_dtype
+    dataset_conf.strip_tags"""
 
 
 def test_every_key_is_read_or_answered():
@@ -328,6 +331,38 @@ def test_lists_of_manifests_and_tables_give_the_same_clips(prepared, tmp_path):
     assert found[0] == found[1] == found[2] and not found[0][0][0][-1]
 
 
+def test_what_a_row_asks_for_reaches_the_prompt_and_is_counted(
+    prepared, tmp_path, capsys, monkeypatch
+):
+    parts, tokenizer, rows = prepared["parts"], prepared["parts"].tokenizer, []
+    end, source = tokenizer.convert_tokens_to_ids("<|im_end|>"), prepared["calls"].parent
+    for n, asked in enumerate(("热词列表：[one, <|im_end|>]\n语音转写成英文：", "", "语音转写：")):
+        content = f"{asked}<|startofspeech|>!{source}/utt00{n}.wav<|endofspeech|>"
+        turns = [("user", content), ("assistant", "one <|im_end|> two"), ("user", "more")][: 3 - n]
+        rows.append({"messages": [{"role": role, "content": text} for role, text in turns]})
+    rows[1]["language"] = "zh"
+    model.save(tmp_path / "chat.jsonl", rows)
+    lists = f"train_data_set_list={tmp_path}/chat.jsonl valid_data_set_list={tmp_path}/chat.jsonl"
+    cfg = changed(prepared["cfg"], f"{lists} telephone_conf.data_set_list= clean_data_set_list=")
+    cfg = changed(cfg, "data_mix=0 distill_weight=0 clean_valid_data_set_list=")
+    data, real, seen = ft.read_data(cfg, parts, print), model.splice, []
+    said = capsys.readouterr()
+    assert "train: 1 clips with hotwords, 1 with a language, 1 with a prompt of their" in said.out
+    assert "chat.jsonl: 1 rows, chat.jsonl:3 for one: left out, not one recording" in said.err
+    batch = ft.Clips(data.train, parts.frontend, cfg, 0)[-1, 0, [[0, 1]]]
+    monkeypatch.setattr(model, "splice", lambda *a, **k: seen.append(a) or real(*a, **k))
+    with torch.no_grad():
+        ft.Finetune(parts, cfg).eval()(batch.feats, batch)
+    (_, prompts, _, _, targets), *_ = seen
+    texts = [tokenizer.decode(before).rpartition("user\n")[2] for before, _ in prompts]
+    assert texts[0].endswith("热词列表：[one, <|im_end|>]\n语音转写成英文：")
+    assert texts[1] == "语音转写成中文："
+    assert [ids.count(end) for ids in (*targets, *(before for before, _ in prompts))] == [1] * 4
+    assert all(tokenizer.decode(ids) == "one <|im_end|> two<|im_end|>" for ids in targets)
+    stripped = changed(cfg, "dataset_conf.strip_tags=true")
+    assert ft.read_data(stripped, parts, print).train[0].target == "one  two"
+
+
 # ---- losses -----------------------------------------------------------------
 
 
@@ -364,7 +399,7 @@ def test_the_smoothed_cross_entropy_equals_a_plain_formula(prepared, smoothing):
     found = float(tuner(batch.feats, batch)["ce"])
     speech, counts = nano.listen(*nano.encode(batch.feats[:3], batch.lens[:3]))
     for n, clip in enumerate(batch.clips):  # [before | speech | after | text], one by one
-        before, after = ft.nano_prompt(parts.tokenizer, clip.hotwords)
+        before, after = ft.nano_prompt(parts.tokenizer, *clip.prompt)
         words = [embed(torch.tensor(ids)) for ids in (before, [*after, *clip.ids])]
         row = torch.cat([words[0], speech[n, : counts[n]], words[1]])[None]
         logits = nano.llm(inputs_embeds=row).logits[0, -1 - len(clip.ids) : -1]
@@ -654,7 +689,8 @@ def test_unreadable_clips_are_named_limited_by_retry_and_not_scored(world, tmp_p
     good = (world["folder"] / "narrow" / "utt001.wav").read_bytes()
     for name, content in (("0", b""), ("1", b"RIFFnonsense"), ("torn", good[: len(good) // 2])):
         (tmp_path / f"{name}.wav").write_bytes(content)
-    names = ("0", "1", "torn", "absent")
+    soundfile.write(tmp_path / "nan.wav", np.full(16000, np.nan), 16000, "FLOAT")
+    names = ("0", "1", "torn", "nan")
     bad = tmp_path / "bad.jsonl"
     model.save(bad, [{"key": n, "source": f"{n}.wav", "target": "one"} for n in names])
     mixed = f"train_conf.max_epoch=1 train_data_set_list={world['calls']},{bad}"

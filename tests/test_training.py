@@ -174,7 +174,7 @@ def test_clips_padded_to_30_s_count_30_s_each(world, tmp_path, monkeypatch):
 DROPPED = {
     "short": "short.wav: 0.05 s, outside data.min_s..max_s (0.1 to 40)",
     "nan": "nan.wav: holds NaN", "text": "text.wav: not readable as audio",
-    "absent": "absent.wav: cannot be opened",
+    "absent": "absent.wav: not readable as audio (No such file",
 }  # fmt: skip
 
 
@@ -192,8 +192,58 @@ def test_clips_that_cannot_be_used_are_named_counted_and_limited(world, tmp_path
     found = {row["key"]: row["reason"] for row in read_lines(tmp_path / "c" / "dropped.jsonl")}
     assert found.keys() == DROPPED.keys() and all(DROPPED[key] in found[key] for key in found)
     assert model.EncoderCache(tmp_path / "c").index().keys() == {"8000", "22050", "48000"}
-    many = "4 clips cannot be used, more than .*max_dropped=3"
+    many = "4 of 7 clips cannot be used, data.max_dropped=3; the last is "
     refused(many, precompute, encode, "data.max_dropped=3")
+    model.save(tmp_path / "m.jsonl", [row for row in rows if row["key"] in DROPPED])
+    refused("4 of 4 clips cannot be used", precompute, encode, f"cache.dir={tmp_path / 'd'}")
+
+
+def test_parts_of_a_recording_are_clips_and_a_moved_one_is_encoded_again(
+    world, whisper_folder, tmp_path, capsys
+):
+    wave, cache = make_twins.spoken(["one", "two", "three"]), tmp_path / "c"
+    soundfile.write(tmp_path / "call.wav", np.stack([0 * wave, wave], 1), 16000, "FLOAT")
+    row = {"source": "call.wav", "target": "one", "channel": 1}
+    starts = {"a": 0.1, "b": 0.4}
+    parts = [row | {"key": key, "start": at, "end": at + 0.3} for key, at in starts.items()]
+    manifests = tmp_path / "m.jsonl", tmp_path / "n.jsonl"
+    encode = f"{world.encoder} cache.dir={cache} cache.shard_clips=1 data.speed=1.0,0.9 data.train="
+    for rows, stale in ((parts, ""), ([parts[0], parts[1] | {"start": 0.5}], "b has changed")):
+        model.save(manifests[0], rows), model.save(manifests[1], [row | {"key": "c"}])
+        call(precompute, f"{encode}{','.join(map(str, manifests))}")
+        assert stale in capsys.readouterr().out
+        model.EncoderCache.keep_open.cache_clear()  # a shard's place is taken by a new one
+        found = model.EncoderCache(cache)
+        index = found.index()
+        assert index.keys() == {f"{key}{speed}" for key in "abc" for speed in ("", "@0.9")}
+        encoder = model.freeze(model.load_encoder(whisper_folder))
+        for part in (rows[0], rows[1], row | {"key": "c", "start": 0.0, "end": len(wave) / 16000}):
+            samples = wave[round(part["start"] * 16000) : round(part["end"] * 16000)]
+            feats = encoder.features(torch.from_numpy(samples), "")
+            enc, _ = encoder(feats[None], torch.tensor([len(feats)]))
+            shard, number, frames, _ = index[part["key"]]
+            cached = found.read(shard, number).float()
+            torch.testing.assert_close(cached, enc[0, :frames], atol=2e-3, rtol=2e-3)
+
+
+def test_a_chat_rows_prompt_and_hotwords_reach_phase_2(world, tokenizer, tmp_path):
+    speech, rows = "<|startofspeech|>!utt000.wav<|endofspeech|>", []
+    for asked in ("", "Translate:", "热词列表：[<|im_end|>, Bo]\nTranslate:"):
+        turns = ("user", f"{asked}{speech}"), ("assistant", "one")
+        turns = [{"role": role, "content": text} for role, text in turns]
+        rows.append({"key": "utt000", "messages": turns})
+    cache, prompts = model.EncoderCache(world.cache), []
+    cfg = config(train_phase2, world.phase, "run.dir=r llm.prompt=Say:")
+    for n, row in enumerate(rows):
+        spec = f"{tmp_path}/{n}.jsonl"
+        model.save(spec, [row])
+        clips = model.cached_clips(spec, cache, tokenizer, tmp_path / "kept")
+        batch = train_phase2.Clips(clips, cache, 0, 0, cfg.augment)[0, 0, [[0]]]
+        phase = SimpleNamespace(tokenizer=tokenizer, cfg=cfg)
+        (halves,) = train_phase2.Phase2.prompts(phase, batch.rows)
+        prompts.append(tokenizer.decode(halves[0]).rpartition("user\n")[2])
+        assert halves[0].count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 0
+    assert prompts == ["Say:", "Translate:", "Hotwords: [<|im_end|>, Bo]\nTranslate:"]
 
 
 # ---- losses -----------------------------------------------------------------
