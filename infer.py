@@ -4,14 +4,15 @@
     python infer.py configs/infer.yaml call.wav recordings/ out=calls.srt,calls.jsonl
     python infer.py configs/infer.yaml data_aishell:test out=aishell.jsonl,aishell.json
     python report.py aishell.jsonl                            # a page to read and listen
+    torchrun --nproc_per_node N infer.py ...                  # shares the recordings out
 
-INPUT   audio files, folders (searched at any depth), manifests (.jsonl, Kaldi, data_aishell:test)
+INPUT   audio and video files, folders (searched at any depth), manifests (as in training)
 Needs   model.dir: run.dir of train_phase2.py, train_steermoe.py or finetune_encoder.py,
         Fun-ASR-Nano's own folder, or configs/published with the published adaptor beside its
         config.json
 Output  by the endings in `out`; without, transcripts are printed
         .jsonl  a line as soon as a recording is done: key, source, text, duration_s, segments
-                (start, end, text, words); ctc_text, encoder_text (SenseVoice's own CTC),
+                (start, end, text, words, channel); ctc_text, encoder_text (SenseVoice's own CTC),
                 translation, target. Started again after a kill, the same command goes on behind.
         .txt    key, text, translation, separated by tabs
         .srt    subtitles; of several recordings one file each, NAME.KEY.srt
@@ -19,7 +20,6 @@ Output  by the endings in `out`; without, transcripts are printed
         and NAME.dropped.jsonl: every recording that could not be used, with the reason
 Times   of words come from the CTC head; without one, or where the text does not fit it, a segment
         has only its own. Audio of over vad.threshold_s is cut at pauses that silero-vad finds.
-
 Logged  wer (cer for Chinese): lower case, no punctuation; wer_raw as written; wer_field by the
         field's English normaliser. rtf: seconds of computing per second of audio, from the first
         file read to the last line written, without loading models.
@@ -40,19 +40,24 @@ import textwrap
 import time
 from collections import Counter
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torchaudio
+import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
+from torchaudio.functional import forced_align, merge_tokens
 from tqdm import tqdm
 
 import model
 
 DEFAULTS = """
 inputs: []               # what stands on the command line without "="
+data:
+  channel: mix           # of a recording: mix, 0, 1, or split, each one a speaker
+  strip_tags: false      # take tags such as <|zh|> out of targets
 model:
   dir: ???
 encoder:
@@ -83,10 +88,20 @@ device: auto
 dtype: auto
 """
 SCRIPTS = ("train_steermoe", "finetune_encoder")  # that bring a listener of their own
-AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".sph", ".w64")
+AUDIO = (  # endings taken from a folder
+    ".3gp", ".aac", ".ac3", ".aif", ".aifc", ".aiff", ".amr", ".ape", ".au", ".avi", ".caf",
+    ".flac", ".gsm", ".m4a", ".m4b", ".mka", ".mkv", ".mov", ".mp2", ".mp3", ".mp4", ".oga", ".ogg",
+    ".opus", ".rf64", ".snd", ".sph", ".voc", ".w64", ".wav", ".wave", ".webm", ".wma", ".wv",
+)  # fmt: skip
+UNFINISHED, DROPPED = ".unfinished", ".dropped.jsonl"  # beside the .jsonl
+MANIFESTS = (".jsonl", ".json")
+HIDDEN = {ord(char): 0xE000 + ord(char) for char in ",[]$"}  # so names pass through load_config
+SHOWN = {number: char for char, number in HIDDEN.items()}
 ENDINGS = (".jsonl", ".txt", ".srt", ".json")
+SAME_TEXTS = ("out", "workers", "batch_s", "max_dropped", "device")  # free to change
 CUE_S, CUE_CHARS, LINE_CHARS = 7.0, 84, 42  # subtitles: two lines of 42 characters, at most 7 s
 HOLD_S = 0.5  # a cue stays so much longer: CTC marks where a word is recognised, not where it ends
+UNKNOWN_S = 30.0
 UNKNOWN_LOG_PROB = -10.0  # a guess: about what CTC gives a token of which it hears nothing
 
 
@@ -98,6 +113,7 @@ class Clip:
     feats: np.ndarray  # (T, F); a tensor would take a file handle on its way from the worker
     start: float
     end: float
+    channel: int | None = None  # with data.channel=split
     speech: torch.Tensor | None = None  # (K, D), what the LLM reads
     log_probs: torch.Tensor | None = None  # (S, C + 1) of the CTC head
     path: list | None = None  # CTC's best classes
@@ -121,84 +137,127 @@ class Recording:
 
 # ---- what is to be heard ----------------------------------------------------
 
+open_manifest = functools.cache(model.read_manifest)  # rows that wait for their turn hold no audio
 
-def list_rows(inputs, cache_dir):
-    """Inputs -> rows with a key that no other has, and what a manifest says."""
-    rows, seen = [], Counter()
+
+def list_rows(inputs, cache_dir, strip_tags=False):
+    """Inputs -> rows of manifests, or such as they would have, with a key that no other has."""
+    rows, seen = [], {}
     for name in inputs:
         path, folder = Path(name), name.rpartition(":")[0]
-        aishell = bool(folder) and Path(folder).is_dir()
-        if aishell or path.suffix == ".jsonl" or (path / "wav.scp").is_file():
-            found = model.read_manifest(name, cache_dir).to_list()
-        elif path.is_dir():
-            files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in AUDIO]
-            found = [{"key": file.stem, "source": str(file)} for file in files if file.is_file()]
-        elif path.is_file():
-            found = [{"key": path.stem, "source": name}]
+        tables = ("wav.scp", "**/*.parquet", "**/dataset_info.json") if path.is_dir() else ()
+        if path.is_file() and path.suffix not in MANIFESTS and path.name != "wav.scp":
+            rows.append({"source": name, "key": escaped(path.stem)})
+        elif path.is_dir() and not any(next(path.glob(table), None) for table in tables):
+            rows += list_folder(path)
+        elif path.exists() or re.match("hf:.", name) or folder and Path(folder).is_dir():
+            given = {"spec": name, "cache_dir": str(cache_dir), "strip_tags": strip_tags}
+            texts = open_manifest(**given).select_columns([*model.FIELDS, *model.NUMBERS])
+            rows += [row | {"place": (given, n)} for n, row in enumerate(texts.to_list())]
         else:
             raise model.UserError(f"{name}: no such file, folder or manifest")
-        for row in found:
+    for row in rows:
+        key = row["key"]
+        while key in seen:
             seen[row["key"]] += 1
-            key = row["key"] if seen[row["key"]] == 1 else f"{row['key']}-{seen[row['key']]}"
-            rows.append(row | {"key": key, "speech": row["source"]})
+            key = f"{row['key']}-{seen[row['key']]}"
+        seen[key], row["key"] = 1, key
     if not rows:
         raise model.UserError("nothing to transcribe: give audio files, folders or manifests")
     return rows
 
 
+def list_folder(folder):
+    """Rows of the audio in a folder, at any depth; what else lies there is counted."""
+    rows, others = [], Counter()
+    for path in sorted(folder.rglob("*")):
+        inner = path.relative_to(folder).parts
+        if not path.is_file() or any(part.startswith((".", "__MACOSX")) for part in inner):
+            continue
+        if path.suffix.lower() in AUDIO:
+            rows.append({"source": str(path), "key": escaped(path.stem)})
+        else:
+            others[escaped(path.suffix or path.name)] += 1
+    if others and os.environ.get("RANK", "0") == "0":
+        names = ", ".join(sorted(others)[:20])
+        print(f"{escaped(folder)}: {others.total()} files not looked at: {names}")
+    return rows
+
+
+def escaped(name):
+    r"""A file's name as text: what is not UTF-8 in it as \xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def spoken(row, with_audio=False):
+    """The row whose recording is heard; with_audio: as the manifest has it."""
+    row = row.get("spoken", row)
+    if with_audio and "place" in row:
+        manifest, number = row["place"]
+        return open_manifest(**manifest)[number]
+    return row
+
+
+def identity(row):
+    """What a line of .jsonl names its recording by."""
+    return {"key": row["key"], "source": escaped(row.get("source") or row["where"])}
+
+
 def swap_speech(rows, seed):
     """Control: every row gets the speech of one with another target, in an order by `seed`."""
     targets = [model.normalize_text(row.get("target") or "") for row in rows]
-    places = range(len(rows))
-    order = sorted(places, key=lambda n: (model.hash_text([seed, targets[n]]), n))
-    shift = max(map(targets.count, set(targets)))
+    order = sorted(range(len(rows)), key=lambda n: (model.hash_text([seed, targets[n]]), n))
+    shift = max(Counter(targets).values())
     if 2 * shift > len(rows):
         raise model.UserError(f"control.wrong_audio: {shift} of {len(rows)} have the same target")
-    swapped = list(rows)
-    for place, n in enumerate(order):
-        other = rows[order[(place + shift) % len(order)]]
-        swapped[n] = rows[n] | {"speech": other["source"], "speech_of": other["key"]}
-    return swapped
+    other = dict(zip(order, order[shift:] + order[:shift], strict=True))
+    return [row | {"spoken": rows[other[n]]} for n, row in enumerate(rows)]
 
 
 class Recordings(torch.utils.data.Dataset):
     """Number of a row -> Recording: read, cut at pauses where it is long, features."""
 
-    def __init__(self, rows, encoder, threshold_s):
-        self.rows, self.encoder, self.threshold_s = rows, encoder, threshold_s
+    def __init__(self, rows, encoder, threshold_s, channel="mix"):
+        self.rows, self.encoder = rows, encoder
+        self.threshold_s, self.channel = threshold_s, channel
 
     def __getitem__(self, number):
         row, rate = self.rows[number], self.encoder.sample_rate
         try:
-            wave = model.load_audio(row["speech"], rate)
-            spans = [(0, len(wave))]
-            if len(wave) > self.threshold_s * rate:
-                spans = speech_spans(wave, rate, self.threshold_s)
+            wave = model.load_clip(spoken(row, True), rate, self.channel)  # (N,), or (channels, N)
+            wave, pieces = wave if wave.dim() == 2 else wave[None], []
+            split = len(wave) > 1
+            for channel, part in enumerate(wave):
+                spans = [(0, len(part))]
+                if split or len(part) > self.threshold_s * rate:
+                    spans = speech_spans(part, rate, self.threshold_s, 1.0 if split else math.inf)
+                pieces += [(first, end, channel) for first, end in spans]
             clips = []
-            for n, (first, end) in enumerate(spans):
-                key = row["key"] if len(spans) == 1 else f"{row['key']}#{n}"
-                feats = self.encoder.features(wave[first:end], key).numpy()
-                clips.append(Clip(row, feats, first / rate, end / rate))
-            return Recording(row, clips, len(wave) / rate)
+            for n, (first, end, channel) in enumerate(sorted(pieces)):  # the speakers' turns
+                key = row["key"] if len(pieces) == 1 else f"{row['key']}#{n}"
+                feats = self.encoder.features(wave[channel, first:end], key).numpy()
+                place = channel if split else None
+                clips.append(Clip(row, feats, first / rate, end / rate, place))
+            return Recording(row, clips, wave.shape[1] / rate)
         except model.AudioError as error:
-            return Recording(row, [], 0.0, f"{row['speech']}: {error}")
+            return Recording(row, [], 0.0, f"{identity(spoken(row))['source']}: {error}")
 
 
-def speech_spans(wave, rate, max_s):
-    """Where silero-vad hears speech, neighbours joined up to max_s: [(first, end)] in samples."""
+def speech_spans(wave, rate, max_s, pause_s=math.inf):
+    """Where silero-vad hears speech, neighbours joined up to max_s, but over no pause of pause_s:
+    [(first, end)] in samples."""
     threads = torch.get_num_threads()
     from silero_vad import get_speech_timestamps, load_silero_vad  # its weights lie in the package
 
     torch.set_num_threads(threads)  # importing it sets 1 for the whole process
-    found = get_speech_timestamps(
-        wave, load_silero_vad(), sampling_rate=rate, max_speech_duration_s=max_s
-    )
+    vad = load_silero_vad()
+    found = get_speech_timestamps(wave, vad, sampling_rate=rate, max_speech_duration_s=max_s)
     spans, limit = [], int(max_s * rate)
     for span in found:
         parts = -(-(span["end"] - span["start"]) // limit)  # over 1: nobody paused for so long
         edges = np.linspace(span["start"], span["end"], parts + 1).astype(int).tolist()
-        for first, end in zip(edges, edges[1:], strict=False):
-            if spans and end - spans[-1][0] <= limit:
+        for first, end in itertools.pairwise(edges):
+            if spans and end - spans[-1][0] <= limit and first - spans[-1][1] < pause_s * rate:
                 spans[-1] = (spans[-1][0], end)
             elif end - first >= 0.1 * rate:
                 spans.append((first, end))
@@ -206,10 +265,11 @@ def speech_spans(wave, rate, max_s):
 
 
 def header_seconds(row):
+    """Duration by the header; a guess where that says none, which only batches depend on."""
     try:
-        return model.audio_seconds(row["speech"])
+        return model.clip_seconds(spoken(row, True), decode=False) or UNKNOWN_S
     except model.AudioError:  # its own turn to be read will say what is wrong
-        return 0.0
+        return UNKNOWN_S
 
 
 def cut_batches(lengths, batch_s):
@@ -234,13 +294,13 @@ def load_listener(cfg, device, dtype):
     read_ctc(classes) -> text (None without CTC), spell(text) -> [(class, its text)] or None where
     CTC cannot, blank; position_s, seconds of a CTC position; about: what was loaded.
     """
-    folder, script = Path(cfg.model.dir), "finetune_encoder"  # also of Fun-ASR-Nano's own folder
-    config = {}
-    if (folder / "config.json").is_file() and not (folder / "model.pt").is_file():
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        script = config.get("script")
-    elif not (folder / "model.pt").is_file():
-        raise model.UserError(f"model.dir={folder}: no model there; give the run.dir of a training")
+    folder, config = Path(cfg.model.dir), {"script": "finetune_encoder"}
+    if not (folder / "model.pt").is_file():  # it would be Fun-ASR-Nano's own folder
+        if not (folder / "config.json").is_file():
+            raise model.UserError(f"model.dir={folder}: no model there; give a training's run.dir")
+        with model.loading(folder):
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    script = config.get("script")
     if script == "train_phase2" and config.get("format") == model.FORMAT:
         return load_adaptor_listener(folder, config, cfg, device, dtype)
     if script not in SCRIPTS:
@@ -364,7 +424,14 @@ def decode(clips, listener, cfg):
         return
     llm, tokenizer, options = listener.llm, listener.tokenizer, cfg.decode
     if options.repetition_penalty != 1.0 or options.no_repeat_ngram_size:
-        answers = decode_penalised(llm, clips, listener.stop_id, options)
+        inputs, stop_id = spliced(llm, clips, pad_left=True), listener.stop_id
+        ids = llm.generate(
+            inputs_embeds=inputs.embeds, attention_mask=inputs.mask, do_sample=False,
+            max_new_tokens=max(clip.cap for clip in clips), eos_token_id=stop_id,
+            pad_token_id=stop_id, repetition_penalty=options.repetition_penalty,
+            no_repeat_ngram_size=options.no_repeat_ngram_size,
+        )  # fmt: skip
+        answers = [[*itertools.takewhile(lambda x: x != stop_id, row)] for row in ids.tolist()]
     elif any(clip.draft for clip in clips):
         answers = decode_drafted(llm, clips, listener.stop_id)
     else:
@@ -430,18 +497,6 @@ def next_draft(answer, rest):
     return rest[1:]
 
 
-def decode_penalised(llm, clips, stop_id, options):
-    """Answers of transformers' `generate`, with the original release's penalties."""
-    inputs = spliced(llm, clips, pad_left=True)
-    ids = llm.generate(
-        inputs_embeds=inputs.embeds, attention_mask=inputs.mask, do_sample=False,
-        max_new_tokens=max(clip.cap for clip in clips), eos_token_id=stop_id, pad_token_id=stop_id,
-        repetition_penalty=options.repetition_penalty,
-        no_repeat_ngram_size=options.no_repeat_ngram_size,
-    )  # fmt: skip
-    return [list(itertools.takewhile(lambda token: token != stop_id, row)) for row in ids.tolist()]
-
-
 def choose(answer, clip, listener, weight):
     """The better of the LLM's answer and CTC's, by w log p_CTC + (1-w) log p_LLM.
 
@@ -449,21 +504,18 @@ def choose(answer, clip, listener, weight):
     UNKNOWN_LOG_PROB. A beam of 8 answers of CTC in place of one changed nothing on the demo.
     """
     ctc, log_probs = listener.ctc, clip.log_probs.cpu()
-    candidates = [answer, ctc.tokens(clip.path)]
-    targets = [[*ids, listener.stop_id] for ids in candidates]
-    inputs = spliced(listener.llm, [clip] * 2, targets)
-    row, column = (inputs.labels[:, 1:] != model.IGNORE).nonzero(as_tuple=True)
-    hidden = model.hidden_states(listener.llm, inputs.embeds)[row, column]
-    scores = listener.llm.lm_head(hidden).float().log_softmax(-1).cpu()
-    scores = scores.gather(1, inputs.labels[row, column + 1][:, None])[:, 0]
-    total = (1 - weight) * torch.zeros(2).index_add(0, row, scores)
-    for n, ids in enumerate(candidates):
+
+    def cost(ids):
+        inputs = spliced(listener.llm, [clip], [[*ids, listener.stop_id]])
+        llm_loss = float(model.transcript_loss(listener.llm, inputs)[0])
         labels, frames = ctc.classes(ids), torch.tensor([len(log_probs)])
         loss, impossible = model.ctc_loss(log_probs[None], frames, [labels], ctc.blank)
         if impossible:
             loss = math.inf if labels else -log_probs[:, ctc.blank].sum()
-        total[n] += weight * (UNKNOWN_LOG_PROB * (len(ids) - len(labels)) - float(loss))
-    return candidates[int(total.argmax())]
+        ctc_loss = float(loss) - UNKNOWN_LOG_PROB * (len(ids) - len(labels))
+        return weight * ctc_loss + (1 - weight) * llm_loss
+
+    return min(answer, ctc.tokens(clip.path), key=cost)
 
 
 def align(clips, listener):
@@ -473,32 +525,22 @@ def align(clips, listener):
         if not spelt or model.ctc_min_frames([c for c, _ in spelt]) > len(clip.log_probs):
             continue
         labels, texts = zip(*spelt, strict=True)
-        spans = forced_align(clip.log_probs, list(labels), listener.blank)
+        classes = sorted({listener.blank, *labels})  # few of many: the others stay on the GPU
+        place = {label: n for n, label in enumerate(classes)}
+        scores, blank = clip.log_probs[:, classes].float().cpu()[None], place[listener.blank]
+        target = torch.tensor([[place[label] for label in labels]], dtype=torch.int32)
+        path, scores = forced_align(scores, target, blank=blank)  # (1, S)
         words = []
-        for (first, end), text in zip(spans, texts, strict=True):
-            times = [clip.start + place * listener.position_s for place in (first, end)]
+        for span, text in zip(merge_tokens(path[0], scores[0], blank=blank), texts, strict=True):
+            times = [clip.start + n * listener.position_s for n in (span.start, span.end)]
+            start, end = (round(min(time_s, clip.end), 3) for time_s in times)
             if not words or text[:1].isspace() or model.is_cjk(text.strip()):
-                words.append([text.strip(), *times])
+                words.append({"word": text.strip(), "start": start, "end": end})
             else:
-                words[-1] = [words[-1][0] + text.strip(), words[-1][1], times[1]]
-        words = [word for word in words if word[0]]
-        if "".join(word for word, _, _ in words) == "".join(clip.text.split()):
-            times = (("start", 1), ("end", 2))
-            clip.words = [
-                {"word": w[0]} | {name: round(min(w[n], clip.end), 3) for name, n in times}
-                for w in words
-            ]
-
-
-def forced_align(log_probs, labels, blank):
-    """[(first, end)] of each label, in positions; log_probs (S, C + 1)."""
-    classes = sorted({blank, *labels})  # few of many: the others need not leave the GPU
-    place = {label: n for n, label in enumerate(classes)}
-    scores = log_probs[:, classes].float().cpu()[None]  # (1, S, few)
-    target = torch.tensor([[place[label] for label in labels]], dtype=torch.int32)
-    path, scores = torchaudio.functional.forced_align(scores, target, blank=place[blank])
-    spans = torchaudio.functional.merge_tokens(path[0], scores[0], blank=place[blank])
-    return [(span.start, span.end) for span in spans]
+                words[-1] |= {"word": words[-1]["word"] + text.strip(), "end": end}
+        words = [word for word in words if word["word"]]
+        if "".join(word["word"] for word in words) == "".join(clip.text.split()):
+            clip.words = words
 
 
 def translate(clips, language, listener):
@@ -536,43 +578,45 @@ def join_texts(texts):
 def make_line(recording):
     """One recording's line of .jsonl."""
     row, clips = recording.row, recording.clips
-    line = {"key": row["key"], "source": row["source"], "duration_s": round(recording.seconds, 3)}
-    line |= {k: row[k] for k in ("speech", "speech_of") if "speech_of" in row}
+    line, heard = identity(row), spoken(row)
+    if heard is not row:
+        line |= {"speech": identity(heard)["source"], "speech_of": heard["key"]}
+    if heard.get("start"):
+        line["offset_s"] = heard["start"]  # where in the file it begins
+    line["duration_s"] = round(recording.seconds, 3)
     line["text"] = join_texts(clip.text for clip in clips)
     for name in ("ctc_text", "encoder_text", "translation"):
         if any(getattr(clip, name) is not None for clip in clips):
             line[name] = join_texts(getattr(clip, name) for clip in clips)
     if (row.get("target") or "").strip():
         line["target"] = row["target"]
-    segments = [
+    line["segments"] = [
         {"start": round(c.start, 3), "end": round(c.end, 3), "text": c.text, "words": list(c.words)}
+        | ({} if c.channel is None else {"channel": c.channel})
         for c in clips
     ]
-    return line | {"segments": segments}
-
-
-@functools.cache
-def field_normalizer():
-    """Whisper's English normaliser without its spelling map, the field's usual one: it folds number
-    words ("one two three" is the one word 123) and expands contractions."""
-    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
-
-    return EnglishTextNormalizer({})
+    return line
 
 
 def score(lines):
-    """Error rates of every kind of transcript, over recordings with a target."""
+    """Error rates of every kind of transcript, over recordings with a target.
+
+    wer_field is by Whisper's English normaliser without its spelling map, the field's usual one: it
+    folds number words ("one two three" is the one word 123) and expands contractions.
+    """
+    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+
     scored, scores = [line for line in lines if "target" in line], {}
     targets = [line["target"] for line in scored]
     for kind in ("text", "ctc_text", "encoder_text"):
-        if scored and all(kind in line for line in scored):
-            texts = [line[kind] for line in scored]
+        texts = [line[kind] for line in scored if kind in line]
+        if texts and len(texts) == len(scored):
             counts = model.error_rate(targets, texts)
-            name, rate = counts.pop("name"), counts.pop("rate")
-            ways = {"_raw": str, "_field": field_normalizer()} if name == "wer" else {"_raw": str}
-            rates = {name: rate}
-            for ending, normalize in ways.items():
-                rates[name + ending] = model.error_rate(targets, texts, normalize)["rate"]
+            name, raw = counts.pop("name"), model.error_rate(targets, texts, str)
+            rates = {name: counts.pop("rate"), f"{name}_raw": raw["rate"]}
+            if name == "wer":
+                field = model.error_rate(targets, texts, EnglishTextNormalizer({}))
+                rates["wer_field"] = field["rate"]
             scores[kind] = rates | counts | {"clips": len(scored)}
     return scores
 
@@ -581,18 +625,17 @@ def cues(line):
     """Subtitles of a recording [(start_s, end_s, text)]: by words, else by segments."""
     found = []
     for segment in line["segments"]:
-        text, at, cue = segment["text"], 0, None  # cue: start_s, end_s, first and last character
+        text, at, parts = segment["text"], 0, []  # start_s, end_s, first and last character
+        speaker = f"Speaker {segment['channel'] + 1}: " if "channel" in segment else ""
         for word in segment["words"]:
             first = text.index(word["word"], at)
-            at = first + len(word["word"])
-            if cue and (word["end"] - cue[0] > CUE_S or at - cue[2] > CUE_CHARS):
-                found.append((cue[0], cue[1], text[cue[2] : cue[3]]))
-                cue = None
-            cue = (cue[0] if cue else word["start"], word["end"], cue[2] if cue else first, at)
-        if cue:
-            found.append((cue[0], cue[1], text[cue[2] :]))
-        elif text:
-            found.append((segment["start"], segment["end"], text))
+            at, long = first + len(word["word"]), CUE_CHARS - len(speaker)
+            if not parts or word["end"] - parts[-1][0] > CUE_S or at - parts[-1][2] > long:
+                parts.append([word["start"], word["end"], first, at])
+            parts[-1][1::2] = word["end"], at
+        parts = parts or [[segment["start"], segment["end"], 0, 0]] * bool(text)
+        found += [(start, end, speaker + text[a : b or None]) for start, end, a, b in parts]
+    found.sort(key=lambda cue: cue[0])  # two may speak at once
     limits = [start for start, _, _ in found[1:]] + [line["duration_s"]]
     held = zip(found, limits, strict=True)
     return [(start, max(end, min(end + HOLD_S, limit)), text) for (start, end, text), limit in held]
@@ -610,45 +653,61 @@ def srt_text(line):
     return "\n".join(blocks)
 
 
-def write_outputs(outputs, lines, summary):
-    """The files that are made of the .jsonl, each whole or not at all."""
-    for path in outputs:
-        if path.suffix == ".json":
-            model.save(path, summary)
-        elif path.suffix == ".txt":
-            model.save(path, "".join(f"{text_line(line)}\n" for line in lines))
-        elif path.suffix == ".srt":
-            for line in lines:
-                name = re.sub(r"[^\w.-]", "_", line["key"])  # keys of manifests may hold slashes
-                name = path.stem if len(lines) == 1 else f"{path.stem}.{name}"
-                model.save(path.with_name(f"{name}.srt"), srt_text(line))
+def srt_names(stem, keys):
+    """NAME.KEY.srt of each key, of at most 255 bytes with what model.save adds for a while."""
+    names, room = {}, 235 - len(stem.encode())
+    for key in keys:
+        name = re.sub(r"[^\w.-]", "_", key)  # keys of manifests may hold slashes
+        if len(name.encode()) > room or f"{stem}.{name}.srt" in names:
+            name = name.encode()[: max(0, room - 17)].decode(errors="ignore")
+            name = f"{name}-{model.hash_text(key)}"
+        names[f"{stem}.{name}.srt"] = key
+    return list(names)
 
 
-def text_line(line):
-    fields = [line["key"], line["text"], *([line["translation"]] if "translation" in line else [])]
-    return "\t".join(" ".join(field.split()) for field in fields)
+# ---- what is kept while it runs ---------------------------------------------
 
 
-def open_lines(path, about):
-    """Lines of an unfinished run of the same kind, or none; after that, .jsonl can be appended to.
+def check_outputs(outputs, jsonl, mark, wanted, rows, inputs):
+    """UserError for an output that cannot be written, or would take the place of other things."""
+    sources = (spoken(row).get("source") or "" for row in rows)
+    read = set(map(os.path.realpath, [*inputs, *sources]))
+    try:
+        for path in [*outputs, jsonl, jsonl.with_suffix(DROPPED)]:
+            if path.suffix not in ENDINGS:
+                raise model.UserError(f"out: {path} ends in none of {', '.join(ENDINGS)}")
+            if os.path.realpath(path) in read or path.is_dir():
+                raise model.UserError(f"out: {path} is one of the inputs, or a folder")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            probe = Path(f"{path}.tmp{os.getpid()}")  # as model.save will name it
+            probe.touch()
+            probe.unlink()
+        known = mark.read_text() if mark.is_file() else ""
+        first = jsonl.open("rb").readline() if jsonl.is_file() and not known else b""
+    except OSError as error:
+        raise model.UserError(f"out: {path} cannot be written ({error.strerror})") from error
+    if first and b'"segments": ' not in first:
+        raise model.UserError(f"out: {jsonl} would be replaced, and is not infer.py's")
+    if known not in ("", wanted):
+        advice = f"go on with those, give another out, or delete {mark}"
+        raise model.UserError(f"{jsonl}: unfinished, with other settings or weights; {advice}")
 
-    NAME.unfinished beside it says what an unfinished run is about.
-    """
-    mark, lines = path.with_suffix(".unfinished"), []
-    if path.is_file() and mark.is_file() and mark.read_text() == about:
-        texts = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        lines = [json.loads(text) for text in texts if text.endswith("}\n")]
-    model.save(path, lines)  # without a last line that was cut off
-    model.save(mark, about)
+
+def join_parts(jsonl, rows, fresh=False):
+    """Lines of all processes, in the order of the inputs, as the .jsonl then has them."""
+    pattern = re.escape(jsonl.stem + UNFINISHED) + r"\d+"
+    parts = [path for path in jsonl.parent.iterdir() if re.fullmatch(pattern, path.name)]
+    found = {}
+    for path in filter(Path.is_file, [] if fresh else [jsonl, *parts]):
+        for text in path.read_bytes().split(b"\n")[:-1]:  # a kill leaves the last one cut
+            line = json.loads(text)
+            found[line["key"], line["source"]] = line
+    names = (tuple(identity(row).values()) for row in rows)
+    lines = [found[name] for name in names if name in found]
+    model.save(jsonl, lines)
+    for part in parts:
+        part.unlink()
     return lines
-
-
-def close_lines(path, lines, rows):
-    """The .jsonl in the order of the inputs, finished."""
-    place = {row["key"]: n for n, row in enumerate(rows)}
-    lines.sort(key=lambda line: place[line["key"]])
-    model.save(path, lines)
-    path.with_suffix(".unfinished").unlink()
 
 
 # ---- the run ----------------------------------------------------------------
@@ -657,52 +716,77 @@ def close_lines(path, lines, rows):
 @torch.no_grad()
 def main(cfg):
     model.one_of(("llm", "ctc"), cfg, "decode.readout")
+    model.one_of(("mix", "0", "1", "split"), cfg, "data.channel")
     model.at_least(0, cfg, "workers", "max_dropped", "batch_s", "decode.ctc_weight")
-    device, dtype, _, _ = model.start(cfg.device, cfg.dtype)
-    amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    outputs = [Path(name) for name in model.as_list(cfg.out)]
-    for path in outputs:
-        if path.suffix not in ENDINGS:
-            raise model.UserError(f"out: {path} ends in none of {', '.join(ENDINGS)}")
-        path.parent.mkdir(parents=True, exist_ok=True)
+    # no process waits for another but at the ends
+    device, dtype, rank, world = model.start(cfg.device, cfg.dtype, timedelta(days=7))
     scratch = tempfile.TemporaryDirectory()
-    rows = list_rows(cfg.inputs, Path(scratch.name))
+    inputs = [name.translate(SHOWN) for name in cfg.inputs]
+    rows = list_rows(inputs, scratch.name, cfg.data.strip_tags)
     rows = swap_speech(rows, cfg.seed) if cfg.control.wrong_audio else rows
+    outputs = [Path(name) for name in cfg.out]
+    if world > 1 and not outputs:
+        raise model.UserError("several processes need an output: give out=NAME.jsonl")
+    first = sorted(outputs, key=lambda path: path.suffix != ".jsonl") or [Path(scratch.name, "out")]
+    jsonl, mark = first[0].with_suffix(".jsonl"), first[0].with_suffix(UNFINISHED)
+    weights = [(p.name, p.stat().st_mtime_ns) for p in sorted(Path(cfg.model.dir).glob("*.pt"))]
+    settings = [(key, str(value)) for key, value in cfg.items() if key not in SAME_TEXTS]
+    about = model.hash_text([settings, weights])  # what the texts depend on
+    if rank == 0:
+        check_outputs(outputs, jsonl, mark, about, rows, inputs)
     listener = load_listener(cfg, device, dtype)
     if cfg.decode.readout == "ctc" and listener.read_ctc is None:
         raise model.UserError("decode.readout=ctc: this model has no CTC head")
     if cfg.decode.ctc_weight and getattr(listener, "ctc", None) is None:
         raise model.UserError("decode.ctc_weight: this model has no CTC head over the LLM's tokens")
-    base = outputs[0] if outputs else Path(scratch.name) / "out"
-    jsonl, about = base.with_suffix(".jsonl"), str({k: v for k, v in cfg.items() if k != "out"})
-    lines = open_lines(jsonl, model.hash_text(about + listener.about))
-    done = {line["key"] for line in lines}
-    waiting = [row for row in rows if row["key"] not in done]
-    if listener.llm is not None:
-        before, after = map(listener.tokenizer.decode, listener.prompt({}))
-        print(f"prompt: {before!r} SPEECH {after!r}")
-    print(
-        f"{len(rows)} recordings, {len(done)} of them done before | {listener.about} | {device} "
-        f"{dtype}, torch {torch.__version__}", flush=True,
-    )  # fmt: skip
+    done = [set()]
+    if rank == 0:
+        lines = join_parts(jsonl, rows, fresh=not mark.is_file())
+        model.save(mark, about)
+        done = [{line["key"] for line in lines}]
+        if listener.llm is not None:
+            before, after = map(listener.tokenizer.decode, listener.prompt({}))
+            print(f"prompt: {before!r} SPEECH {after!r}")
+        print(
+            f"{len(rows)} recordings, {len(lines)} of them done before | {listener.about} | "
+            f"{device} {dtype} x {world}, torch {torch.__version__}", flush=True,
+        )  # fmt: skip
+    if world > 1:
+        dist.broadcast_object_list(done)
+    started = time.time()
+    amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    waiting = [row for row in rows if row["key"] not in done[0]]
+    dropped = transcribe(waiting, jsonl, listener, cfg, device, amp, rank, world)
+    if world > 1:
+        found = [None] * world
+        dist.all_gather_object(found, dropped)
+        dropped = sum(found, [])
+    if rank == 0:
+        return finish(cfg, outputs, jsonl, rows, done[0], dropped, time.time() - started)
 
-    started, heard_s, dropped = time.time(), 0.0, []
-    batches = cut_batches([header_seconds(row) for row in waiting], cfg.batch_s)
+
+def transcribe(rows, jsonl, listener, cfg, device, amp, rank, world):
+    """Append a line for each recording of this process's share, as soon as it is done.
+
+    Output: key, source and reason of each recording that is left out.
+    """
+    lengths = [header_seconds(row) for row in rows]
+    batches = cut_batches(lengths, cfg.batch_s)[rank::world]
     loader = torch.utils.data.DataLoader(
-        Recordings(waiting, listener.encoder, cfg.vad.threshold_s), batch_sampler=batches,
-        collate_fn=list, num_workers=cfg.workers,
+        Recordings(rows, listener.encoder, cfg.vad.threshold_s, cfg.data.channel),
+        batch_sampler=batches, collate_fn=list, num_workers=cfg.workers,
         multiprocessing_context="fork" if cfg.workers else None,
     )  # fmt: skip
-    bar = tqdm(total=len(waiting), unit="recording", disable=None)
-    for items in loader:
-        recordings = [item for item in items if not item.reason]
-        for item in items:
-            if item.reason:
-                known = {name: item.row[name] for name in ("key", "source")}
-                dropped.append(known | {"reason": item.reason})
-        clips = sorted((c for r in recordings for c in r.clips), key=lambda c: -len(c.feats))
-        lengths = [clip.end - clip.start for clip in clips]
-        for places in cut_batches(lengths, cfg.batch_s):  # a long recording has many pieces
+    own = jsonl.with_suffix(f"{UNFINISHED}{rank}") if rank else jsonl
+    hours = [sum(lengths[n] for n in batch) / 3600 for batch in batches]
+    count, dropped = 0, []
+    form = "{l_bar}{bar}| {n:.2f}/{total:.2f} h [{elapsed}<{remaining}{postfix}]"
+    bar = tqdm(total=sum(hours), bar_format=form, disable=True if rank else None)
+    for items, batch_hours in zip(loader, hours, strict=False):
+        dropped += [identity(item.row) | {"reason": item.reason} for item in items if item.reason]
+        clips = [clip for item in items for clip in item.clips]
+        seconds = [clip.end - clip.start for clip in clips]
+        for places in cut_batches(seconds, cfg.batch_s):  # a long recording has many pieces
             batch = [clips[n] for n in places]
             with amp:
                 encode(batch, listener, device)
@@ -713,32 +797,45 @@ def main(cfg):
                     translate(batch, cfg.translate, listener)
             for clip in batch:
                 clip.feats = clip.speech = clip.log_probs = None  # what is done leaves the memory
-        lines += map(make_line, recordings)
-        with open(jsonl, "a", encoding="utf-8") as file:
-            for line in lines[len(lines) - len(recordings) :]:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        heard_s += sum(recording.seconds for recording in recordings)
-        bar.update(len(items))
+        model.append(own, [make_line(item) for item in items if not item.reason])
+        count += len(items)
+        bar.set_postfix_str(f"{count} of {sum(map(len, batches))} recordings", refresh=False)
+        bar.update(batch_hours)
         if len(dropped) > cfg.max_dropped:
             break
     bar.close()
-    elapsed_s = time.time() - started
+    return dropped
+
+
+def finish(cfg, outputs, jsonl, rows, done, dropped, elapsed_s):
+    """Write the outputs, say what came out. Output: the summary, as in .json."""
     if outputs:
-        model.save(base.with_name(f"{base.stem}.dropped.jsonl"), dropped)
+        model.save(jsonl.with_suffix(DROPPED), dropped)
     for row in dropped[:5]:
         print(f"left out: {row['reason']}")
     if len(dropped) > cfg.max_dropped:
         many = f"{len(dropped)} recordings cannot be used"
         raise model.UserError(f"{many}, more than max_dropped={cfg.max_dropped}")
-    close_lines(jsonl, lines, rows)
+    lines = join_parts(jsonl, rows)
+    heard_s = sum(line["duration_s"] for line in lines if line["key"] not in done)
     summary = {
         "clips": len(lines), "dropped": len(dropped), "elapsed_s": round(elapsed_s, 3),
         "hours": sum(line["duration_s"] for line in lines) / 3600,
         "rtf": elapsed_s / heard_s if heard_s else None, "scores": score(lines),
     }  # fmt: skip
-    write_outputs(outputs, lines, summary)
+    fields = [[line["key"], line["text"], line.get("translation")] for line in lines]
+    table = ["\t".join(" ".join(x.split()) for x in row if x is not None) for row in fields]
+    texts = {".jsonl": lines, ".json": summary, ".txt": "".join(f"{row}\n" for row in table)}
+    for path in {jsonl, *outputs}:
+        if path.suffix in texts:
+            model.save(path, texts[path.suffix])
+            continue
+        names = srt_names(path.stem, [line["key"] for line in lines])
+        for line, name in zip(lines, names if len(lines) > 1 else [path.name], strict=False):
+            model.save(path.with_name(name), srt_text(line))
+    jsonl.with_suffix(UNFINISHED).unlink()
     if not outputs:
-        print("\n".join(map(text_line, lines)))
+        print("\n".join(table))
     print(
         f"{len(lines)} recordings, {summary['hours']:.3f} h, {len(dropped)} left out | "
         f"{elapsed_s:.1f} s, RTF {summary['rtf'] or 0:.4f}"
@@ -748,6 +845,8 @@ def main(cfg):
         rates = ", ".join(f"{name} {100 * rate:.2f} %" for name, rate in rates.items())
         edits = ", ".join(f"{found[k]} {k}" for k in ("substitutions", "deletions", "insertions"))
         print(f"{kind}: {rates}; {edits} in {found['units']} units of {found['clips']} clips")
+    if not lines:
+        sys.exit(1)
     return summary
 
 
@@ -757,7 +856,8 @@ def split_arguments(arguments):
     for argument in arguments:
         is_key = argument.startswith("-") or "=" in argument and not os.path.exists(argument)
         (configs if is_key or argument.endswith((".yaml", ".yml")) else inputs).append(argument)
-    return [*configs, *([f"inputs={','.join(inputs)}"] if inputs else [])]
+    hidden = ",".join(name.translate(HIDDEN) for name in inputs)
+    return [*configs, *([f"inputs={hidden}"] if inputs else [])]
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python report.py calls.jsonl [page.html]
 
 Each recording has a player, its texts, and, where it has a target, the words (Chinese: characters)
-that differ, marked in both. The page is one file; only its players refer to others, by paths
-relative to its folder.
+that differ, marked in both; of a call whose channels were heard apart, the speakers' turns, with
+times that lead there. The page is one file; only its players refer to others, by paths relative to
+its folder.
 """
 
 import html
@@ -30,6 +31,7 @@ audio { width: 100%; height: 2.2rem; margin-top: .3rem } h2 { font-size: 1rem; m
 p { margin: .15rem 0; overflow-wrap: anywhere } small, .name { color: #59636e }
 .name { display: inline-block; min-width: 8rem } del, ins { text-decoration: none }
 del { background: #ffd7d5 } ins { background: #ccf2d5 }
+button { font: inherit; color: #0550ae; background: none; border: 0; padding: 0; cursor: pointer }
 td, th { padding: .1rem .9rem .1rem 0; text-align: left } input[type=search] { width: 60% }
 </style></head><body>
 <h1>Transcripts</h1>
@@ -46,6 +48,12 @@ function filter() {
       !clip.textContent.toLowerCase().includes(find.value.toLowerCase());
 }
 find.oninput = wrong.onchange = filter;
+document.onclick = event => {
+  if (!event.target.dataset.at) return;
+  const audio = event.target.closest("article").querySelector("audio");
+  audio.currentTime = event.target.dataset.at;
+  audio.play();
+};
 </script></body></html>
 """
 KINDS = {"text": "text", "ctc_text": "CTC", "encoder_text": "encoder's CTC"}
@@ -68,6 +76,16 @@ def mark_errors(reference, hypothesis):
     return [gap.join(line) for line in lines]
 
 
+def turns(line):
+    """HTML of what each speaker says and when, of a call whose channels were heard apart."""
+    rows = []
+    for part in (part for part in line["segments"] if "channel" in part and part["text"]):
+        at = part["start"] + line.get("offset_s", 0.0)
+        clock = f'<button data-at="{at:.3f}">{int(at) // 60}:{int(at) % 60:02}</button>'
+        rows.append(f"<p>{clock} Speaker {part['channel'] + 1}: {html.escape(part['text'])}</p>\n")
+    return "".join(rows)
+
+
 def article(line, folder):
     """One recording. Output: its errors per unit (-1: not scored), HTML."""
     texts = {label: html.escape(line[kind]) for kind, label in KINDS.items() if kind in line}
@@ -84,10 +102,11 @@ def article(line, folder):
         note += f" · speech of {html.escape(line['speech_of'])}"
     rows = "\n".join(f'<p><span class="name">{k}</span> {v}</p>' for k, v in texts.items())
     source = html.escape(quote(os.path.relpath(line.get("speech", line["source"]), folder)))
+    source += f"#t={line['offset_s']}" if "offset_s" in line else ""
     return rate, (
         f'<article data-errors="{errors}"><h2>{html.escape(line["key"])} '
         f"<small>{line['duration_s']:.1f} s{note}</small></h2>\n{rows}\n"
-        f'<audio controls preload="none" src="{source}"></audio></article>'
+        f'<audio controls preload="none" src="{source}"></audio>\n{turns(line)}</article>'
     )
 
 
@@ -117,7 +136,7 @@ def main(arguments):
         return
     source, page = Path(arguments[0]), Path(arguments[-1]).with_suffix(".html")
     try:
-        lines = [json.loads(text) for text in source.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(text) for text in open(source, encoding="utf-8")]
         model.save(page, make_page(lines, page.parent))
     except (OSError, ValueError, KeyError, model.UserError) as error:
         sys.exit(f"error: {source}: {error!r}; expected the .jsonl that infer.py writes")
