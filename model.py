@@ -544,8 +544,9 @@ def load_audio(source, rate, start=0.0, end=None, channel="mix"):
     if peak > 64:  # a float file may go a little over 1
         scale = 2**15 if peak < 2**16 else 2**31
         raise AudioError(f"its samples reach {peak:.0f}, the scale of integers: divide by {scale}")
-    mono = pick_channel(samples, channel, source if isinstance(source, str | Path) else "a clip")
-    return resample(torch.from_numpy(mono), own_rate, rate)
+    name = source if isinstance(source, str | Path) else "a clip"
+    samples = pick_channel(samples, channel, name)
+    return resample(torch.from_numpy(samples), own_rate, rate)
 
 
 @functools.lru_cache(10000)
@@ -883,7 +884,8 @@ def loading(folder):
         raise
     except Exception as error:  # transformers and others raise many types
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(f"{folder}: not whole, or of another kind ({reason})") from error
+        advice = "not whole, download it again, or of another kind"
+        raise UserError(f"{folder}: {advice} ({reason})") from error
 
 
 def load_tokenizer(folder):

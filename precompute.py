@@ -15,6 +15,7 @@ Cost    2 bytes x W a frame: SenseVoice's 512 x 16.7 Hz make 11 GB of AISHELL-1'
         the processes that read audio are the limit: docs/speed.md.
 """
 
+import functools
 import itertools
 import json
 import time
@@ -73,7 +74,7 @@ class Clip:
 
 def list_clips(cfg):
     """Manifests (data sets), and the clips of all of them: training clips once per speed."""
-    manifests, clips = [], {}
+    manifests, clips, file_stamp = [], {}, functools.cache(model.file_stamp)
     perturbed = model.as_list(cfg.data.perturb) or model.as_list(cfg.data.train)
     for part in ("train", "valid", "test"):
         for spec in model.as_list(cfg.data[part]):
@@ -85,7 +86,7 @@ def list_clips(cfg):
                 stamp = f"{rows._fingerprint}-{row}"  # where a table holds the audio
                 if source:
                     place = [place] if any(place) else []  # part and channel of the recording
-                    stamp = model.hash_text([*model.file_stamp(source), *place])
+                    stamp = model.hash_text([*file_stamp(source), *place])
                 for speed in speeds:
                     name = key if speed == 1.0 else f"{key}@{speed}"
                     clip = Clip(name, stamp, len(manifests), row, speed)

@@ -194,7 +194,8 @@ def test_joined_files_are_read_whole_and_half_ones_refused(kind):
 
 
 def test_a_stated_length_is_held_against_what_is_there_but_no_guess_is():
-    for whole in (muxed("webm", "libopus", sine(1000, 16000, 3.0)),
+    tagged = b"ID3\4\0\0\0\0\x20\0" + bytes(4096) + encoded(np.asarray(noise(64000)), form="MP3")
+    for whole in (muxed("webm", "libopus", sine(1000, 16000, 3.0)), tagged,
                   encoded(sine(1000, 8000, 3.0), 8000, subtype="GSM610")):  # fmt: skip
         with pytest.raises(model.AudioError, match="truncated, "):
             model.load_audio(whole[: len(whole) // 2], 16000)
@@ -204,11 +205,9 @@ def test_a_stated_length_is_held_against_what_is_there_but_no_guess_is():
         for mark in (b"Xing", b"Info"):
             mp3 = mp3.replace(mark, bytes(4))
         assert model.audio_seconds(mp3) == pytest.approx(20.0, abs=0.2)
-    wave = model.load_audio(b"ID3\4\0\0\0\0\2\0" + bytes(256) + mp3, 16000)
-    assert len(wave) / 16000 == pytest.approx(20.0, abs=0.2)
 
 
-def test_lengths_that_a_header_has_not_or_has_wrong():
+def test_lengths_that_a_header_has_not_or_has_wrong(tmp_path):
     samples = sine(1000, 16000)
     wav, flac = bytearray(encoded(samples)), bytearray(encoded(samples, form="FLAC"))
     at, right = wav.find(b"data") + 4, model.load_audio(bytes(wav), 16000)
@@ -223,8 +222,10 @@ def test_lengths_that_a_header_has_not_or_has_wrong():
     wav[at : at + 4] = struct.pack("<I", 10000)
     with pytest.raises(model.AudioError, match="goes on behind the 5000 samples of its header"):
         model.audio_seconds(bytes(wav))
+    (tmp_path / "a.wav").write_bytes(bytes(flac))
+    (tmp_path / "list.mp3").write_text("ffconcat version 1.0\nfile a.wav\n")  # opens no other file
     for nothing in (None, {"bytes": None, "path": None}, {"bytes": b"", "path": None}, "a\0b",
-                    b"ffconcat version 1.0\nfile /etc/hostname\n"):  # fmt: skip
+                    tmp_path / "list.mp3"):  # fmt: skip
         with pytest.raises(model.AudioError, match="not readable as audio"):
             model.load_audio(nothing, 16000)
 
@@ -265,7 +266,7 @@ def test_channels(tmp_path, capsys):
         model.load_clip(row | {"end": 1.2}, 16000)
     model.load_clip({"key": "a", "source": row["source"], "seconds": 1.05}, 16000)
     assert not capsys.readouterr().err
-    model.load_clip({"key": "a", "source": row["source"], "seconds": 1.25}, 16000)
+    model.load_clip({"key": "a", "source": row["source"], "duration": 1.25}, 16000)
     assert "a: 1.00 s read, 1.25 s expected" in capsys.readouterr().err
 
 

@@ -111,6 +111,15 @@ def test_clips_are_found_by_key_with_their_tokens(cache, tokenizer, tmp_path, ca
     assert plain["target"][:] == ["Press one!", "今天 天气", "hold", "?!"]
 
 
+def test_tags_are_tokens_unless_they_are_stripped(cache, tokenizer, tmp_path):
+    spec = str(tmp_path / "t.jsonl")
+    model.save(spec, [{"key": "a", "source": "a.wav", "target": "<|en|><|HAPPY|>Press one!"}])
+    for strip, said in ((False, "en happy press one"), (True, "press one")):
+        clips = model.cached_clips(spec, cache, tokenizer, tmp_path / "kept", strip_tags=strip)
+        assert clips["target"][:] == [said]
+        assert clips["ids"][:] == model.text_to_ids(tokenizer, [said])
+
+
 @pytest.mark.parametrize("form", ["jsonl", "parquet", "save_to_disk"])
 def test_a_manifest_is_tokenised_once_and_never_in_its_own_folder(cache, tokenizer, tmp_path, form):
     spec = tmp_path / "m.jsonl"

@@ -180,23 +180,25 @@ def test_sensevoice_equals_funasrs_parts(sensevoice_folder, language, row, text_
         torch.testing.assert_close(enc[n, : lens[n]], expected[4:], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("kind", "file", "load"), [
-    ("qwen3", "model.safetensors", model.load_llm), ("official", "model.pt", model.load_encoder),
-    ("whisper", "model.safetensors", model.load_encoder),
-    ("parakeet", "config.json", model.load_encoder),
-    ("sensevoice", "am.mvn", model.load_encoder),
-    ("whisper", "preprocessor_config.json", model.load_encoder),
+@pytest.mark.parametrize(("kind", "file", "torn"), [
+    ("qwen3", "model.safetensors", "/model.safetensors: torn .*; download it again"),
+    ("whisper", "model.safetensors", "/model.safetensors: torn .*; download it again"),
+    ("official", "model.pt", "/model.pt: not a plain state dict"),
+    ("sensevoice", "am.mvn", "/am.mvn: expected a Kaldi nnet"),
+    ("parakeet", "config.json", ": not whole, download it again, or of another kind"),
+    ("whisper", "preprocessor_config.json", ": not whole, download it again, or of another kind"),
 ])  # fmt: skip
-def test_a_folder_that_is_not_whole_is_one_line(request, tmp_path, kind, file, load):
+def test_a_folder_that_is_not_whole_is_one_line(request, tmp_path, kind, file, torn):
+    load = model.load_llm if kind == "qwen3" else model.load_encoder
     folder = shutil.copytree(request.getfixturevalue(f"{kind}_folder"), tmp_path / "model")
     whole = (folder / file).read_bytes()
-    half = f"{file}: torn .*download it again|{file}: (not a plain|expected)|not whole, or of"
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n"
     for content, message in (
-        (b"version https://git-lfs.github.com/spec/v1\n", f"{file}: a git-lfs .*run git lfs pull"),
-        (whole[: len(whole) // 2], half),
+        (pointer, f"/{file}: a git-lfs pointer in place of the file; run git lfs pull"),
+        (whole[: len(whole) // 2], torn),
     ):
         (folder / file).write_bytes(content)
-        with pytest.raises(model.UserError, match=f"^{folder}.*{message}") as caught:
+        with pytest.raises(model.UserError, match=f"^{folder}{message}") as caught:
             load(folder)
         assert "\n" not in str(caught.value)
 

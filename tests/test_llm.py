@@ -92,7 +92,7 @@ def test_an_llm_that_changes_the_scores_of_its_head_is_refused(tokenizer, tmp_pa
 
 def test_a_folder_without_tokenizer_or_chat_template_is_one_line(qwen3_folder, tmp_path):
     for n, (names, message) in enumerate((
-        ("tok*", "has no tokenizer; download|not whole, or of another kind"),
+        ("tok*", "has no tokenizer; download|not whole, download it again, or of"),
         ("chat*", "has no chat template; use an instruct model"),
     )):  # fmt: skip
         folder = shutil.copytree(qwen3_folder, tmp_path / str(n))
