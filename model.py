@@ -11,6 +11,7 @@ GPU for a length is to wait for all that it still has to do. A bool mask is True
 
 import contextlib
 import difflib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -44,6 +45,7 @@ IGNORE = -100  # label that cross-entropy skips, as in transformers
 NULL = ("null", "~")  # YAML's
 AUDIO_MARK = "<|earshot-audio|>"  # stands for the audio in a chat template; never tokenised
 PLAIN_MARK = "\ue000"  # around text that only looks like a special token; never tokenised
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOTDIR)
 
 
 class UserError(Exception):
@@ -191,6 +193,11 @@ def run_main(main, defaults, doc, batch_key="batch_size", **spelling):
         message = str(error)
     except torch.OutOfMemoryError as error:
         message = f"out of memory, lower {batch_key} ({str(error).split('. ')[0]})"
+    except OSError as error:  # wherever something is written; datasets gives no number
+        if error.errno not in NO_ROOM and "disk space" not in str(error):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        message = f"{where}{error.strerror or error}; what was saved is whole"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -317,13 +324,13 @@ def lock_folder(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
         file = os.open(Path(folder) / "lock", os.O_RDWR | os.O_CREAT)  # stays open: it is the lock
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(file, 0)
+        os.write(file, f"process {os.getpid()} of {os.uname().nodename}".encode())
     except BlockingIOError as error:
         owner = os.read(file, 200).decode()
         raise UserError(f"{folder}: {owner} writes to it; wait, or give another one") from error
     except OSError as error:
         raise UserError(f"{folder}: cannot be written to ({error.strerror})") from error
-    os.ftruncate(file, 0)
-    os.write(file, f"process {os.getpid()} of {os.uname().nodename}".encode())
     for left in Path(folder).glob("*.tmp[0-9]*"):  # of a killed process; this one is alone here
         left.unlink()
 
@@ -361,6 +368,10 @@ def open_run(folder, cfg, identity, resume, rank, world):
         if rank == 0:
             print(f"resuming at step {state['step']}; changed: {', '.join(changed) or 'nothing'}")
     if rank == 0:
+        for path in Path(folder).glob("*.jsonl"):  # a kill or a full disk cuts a line
+            whole, newline, cut = path.read_bytes().rpartition(b"\n")
+            if cut:
+                os.truncate(path, len(whole + newline))
         save(Path(folder) / "config.yaml", OmegaConf.to_yaml(cfg))
     return state
 
@@ -376,6 +387,7 @@ def log_metrics(folder, writer, step, values):
     append(Path(folder) / "metrics.jsonl", [{"step": step} | values])
     for name, value in values.items():
         writer.add_scalar(name, value, step)
+    writer.flush()  # what waits in its thread would be lost at the end
 
 
 def check_gradient(norm, step):
@@ -439,13 +451,10 @@ def open_pcm(file):
 
 @contextlib.contextmanager
 def open_ffmpeg(file):
-    """Container, its first audio stream, and their duration by FFmpeg: said, guessed or 0.
-
-    Nothing is opened that the file only refers to.
-    """
+    """Container, its first audio stream, and their duration by FFmpeg: said, guessed or 0."""
     import av
 
-    file.seek(0)
+    file.seek(0)  # and no other file is opened that it may refer to
     with av.open(file, options={"protocol_whitelist": "none"}) as container:
         if not container.streams.audio:
             raise AudioError("not readable as audio (no sound in it)")
@@ -464,6 +473,8 @@ def read_samples(source, start=0.0, end=None):
     """Samples (N, channels) float32 from `start` to `end` seconds, and their rate."""
     with open_source(source) as file:
         if (audio := open_pcm(file)) is None:
+            if start or end is not None:
+                note("a part of a compressed recording costs the decoding of all; of a FLAC not")
             samples, rate = read_ffmpeg(file)
             return samples[between(start, end, rate)], rate
         rate = audio.samplerate

@@ -171,13 +171,15 @@ OPUS = {"form": "OGG", "subtype": "OPUS"}
         ("3gp", "libopencore_amrnb"), ("wav", "pcm_alaw"), ("wav", "adpcm_ms"))],
     *[lambda x, form=form: muxed(form, "aac", x, 8000, True) for form in ("mp4", "matroska")],
 ])  # fmt: skip
-def test_what_phones_browsers_and_films_hold_is_read(make):
+def test_what_phones_browsers_and_films_hold_is_read(make, capsys):
     source = make(sine(1000, 8000, 2.0))
     wave = model.load_audio(source, 16000)
     assert len(wave) / 16000 == pytest.approx(2.0, abs=0.2)
     assert level_at(wave[3200:28800], 1000) == pytest.approx(0.5, abs=0.06)
     assert model.audio_seconds(source) == pytest.approx(len(wave) / 16000, abs=1e-4)
     part = model.load_audio(source, 16000, 0.5, 1.5)
+    by_ffmpeg = "costs the decoding" in capsys.readouterr().err
+    assert by_ffmpeg is not source.startswith(model.PCM_MARKS)
     torch.testing.assert_close(part[800:-800], wave[8800:23200], atol=1e-3, rtol=0)
 
 
