@@ -720,8 +720,7 @@ def main(cfg):
         note_dropped(folder, batch.rows, known, cfg.max_dropped)
         if watched:
             layers = gate_usage(steering, encoder.out_lens(batch.lens))
-            with open(folder / "steering.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "layers": layers}) + "\n")
+            model.append(folder / "steering.jsonl", [{"step": step, "layers": layers}])
             steering.seen = None
         if model.due(step, cfg.logging_steps, total):
             row = window_row(window, optimizer, scaler, time.time() - since)
@@ -751,8 +750,9 @@ def main(cfg):
                 state |= {"step": step, "epoch": epoch, "used": used, "best": best, "stale": stale}
                 state |= {"trained": steermoe.trained.state_dict(), "scaler": scaler.state_dict()}
                 state |= {"optimizer": {} if engine else optimizer.state_dict()}
-                model.save(folder / "last.pt", state | {"config": OmegaConf.to_container(cfg)})
-            shutil.copyfile(folder / "last.pt", folder / f"{tag}.pt")
+                state |= {"config": OmegaConf.to_container(cfg)}
+                for name in (tag, "last"):
+                    model.save(folder / f"{name}.pt", state)
             copies = sorted(folder.glob("step-*.pt"))
             for old in copies[: max(0, len(copies) - cfg.save_total_limit)]:
                 old.unlink()
@@ -794,9 +794,8 @@ def note_dropped(folder, rows, known, most):
     for row in rows:
         if row["reason"] and row["key"] not in known:
             known.add(row["key"])
-            line = json.dumps({"key": row["key"], "reason": row["reason"]}, ensure_ascii=False)
-            with open(folder / "dropped.jsonl", "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            line = {"key": row["key"], "reason": row["reason"]}
+            model.append(folder / "dropped.jsonl", [line])
             if len(known) > most:
                 many = f"more clips than max_dropped={most} cannot be read"
                 raise model.UserError(f"{many}; the last is {row['reason']}")
