@@ -87,7 +87,6 @@ seed: 0
 device: auto
 dtype: auto
 """
-SCRIPTS = ("train_steermoe", "finetune_encoder")  # that bring a listener of their own
 AUDIO = (  # endings taken from a folder
     ".3gp", ".aac", ".ac3", ".aif", ".aifc", ".aiff", ".amr", ".ape", ".au", ".avi", ".caf",
     ".flac", ".gsm", ".m4a", ".m4b", ".mka", ".mkv", ".mov", ".mp2", ".mp3", ".mp4", ".oga", ".ogg",
@@ -179,8 +178,8 @@ def list_folder(folder):
         else:
             others[escaped(path.suffix or path.name)] += 1
     if others and os.environ.get("RANK", "0") == "0":
-        names = ", ".join(sorted(others)[:20])
-        print(f"{escaped(folder)}: {others.total()} files not looked at: {names}")
+        endings = ", ".join(sorted(others)[:20])
+        print(f"{escaped(folder)}: {others.total()} files not looked at: {endings}")
     return rows
 
 
@@ -231,13 +230,12 @@ class Recordings(torch.utils.data.Dataset):
                 spans = [(0, len(part))]
                 if split or len(part) > self.threshold_s * rate:
                     spans = speech_spans(part, rate, self.threshold_s, 1.0 if split else math.inf)
-                pieces += [(first, end, channel) for first, end in spans]
+                pieces += [(first, end, channel if split else None) for first, end in spans]
             clips = []
             for n, (first, end, channel) in enumerate(sorted(pieces)):  # the speakers' turns
                 key = row["key"] if len(pieces) == 1 else f"{row['key']}#{n}"
-                feats = self.encoder.features(wave[channel, first:end], key).numpy()
-                place = channel if split else None
-                clips.append(Clip(row, feats, first / rate, end / rate, place))
+                feats = self.encoder.features(wave[channel or 0, first:end], key).numpy()
+                clips.append(Clip(row, feats, first / rate, end / rate, channel))
             return Recording(row, clips, wave.shape[1] / rate)
         except model.AudioError as error:
             return Recording(row, [], 0.0, f"{identity(spoken(row))['source']}: {error}")
@@ -303,7 +301,7 @@ def load_listener(cfg, device, dtype):
     script = config.get("script")
     if script == "train_phase2" and config.get("format") == model.FORMAT:
         return load_adaptor_listener(folder, config, cfg, device, dtype)
-    if script not in SCRIPTS:
+    if script not in ("train_steermoe", "finetune_encoder"):  # they bring a listener of their own
         raise model.UserError(f"{folder}: made by an earlier layout, or not for infer.py")
     if not Path(__file__).with_name(f"{script}.py").is_file():
         raise model.UserError(f"{folder}: needs {script}.py beside infer.py")
@@ -599,11 +597,7 @@ def make_line(recording):
 
 
 def score(lines):
-    """Error rates of every kind of transcript, over recordings with a target.
-
-    wer_field is by Whisper's English normaliser without its spelling map, the field's usual one: it
-    folds number words ("one two three" is the one word 123) and expands contractions.
-    """
+    """Error rates of every kind of transcript, over recordings with a target."""
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
     scored, scores = [line for line in lines if "target" in line], {}
@@ -614,7 +608,7 @@ def score(lines):
             counts = model.error_rate(targets, texts)
             name, raw = counts.pop("name"), model.error_rate(targets, texts, str)
             rates = {name: counts.pop("rate"), f"{name}_raw": raw["rate"]}
-            if name == "wer":
+            if name == "wer":  # it folds numbers: "one two three" is 123; no map of spellings
                 field = model.error_rate(targets, texts, EnglishTextNormalizer({}))
                 rates["wer_field"] = field["rate"]
             scores[kind] = rates | counts | {"clips": len(scored)}
@@ -665,9 +659,6 @@ def srt_names(stem, keys):
     return list(names)
 
 
-# ---- what is kept while it runs ---------------------------------------------
-
-
 def check_outputs(outputs, jsonl, mark, wanted, rows, inputs):
     """UserError for an output that cannot be written, or would take the place of other things."""
     sources = (spoken(row).get("source") or "" for row in rows)
@@ -689,8 +680,8 @@ def check_outputs(outputs, jsonl, mark, wanted, rows, inputs):
     if first and b'"segments": ' not in first:
         raise model.UserError(f"out: {jsonl} would be replaced, and is not infer.py's")
     if known not in ("", wanted):
-        advice = f"go on with those, give another out, or delete {mark}"
-        raise model.UserError(f"{jsonl}: unfinished, with other settings or weights; {advice}")
+        why = "unfinished, with other settings or weights"
+        raise model.UserError(f"{jsonl}: {why}: give those, or another out, or delete {mark}")
 
 
 def join_parts(jsonl, rows, fresh=False):
@@ -777,7 +768,7 @@ def transcribe(rows, jsonl, listener, cfg, device, amp, rank, world):
         batch_sampler=batches, collate_fn=list, num_workers=cfg.workers,
         multiprocessing_context="fork" if cfg.workers else None,
     )  # fmt: skip
-    own = jsonl.with_suffix(f"{UNFINISHED}{rank}") if rank else jsonl
+    own = jsonl.with_suffix(f"{UNFINISHED}{rank}") if rank else jsonl  # joined at the end
     hours = [sum(lengths[n] for n in batch) / 3600 for batch in batches]
     count, dropped = 0, []
     form = "{l_bar}{bar}| {n:.2f}/{total:.2f} h [{elapsed}<{remaining}{postfix}]"
@@ -836,10 +827,8 @@ def finish(cfg, outputs, jsonl, rows, done, dropped, elapsed_s):
     jsonl.with_suffix(UNFINISHED).unlink()
     if not outputs:
         print("\n".join(table))
-    print(
-        f"{len(lines)} recordings, {summary['hours']:.3f} h, {len(dropped)} left out | "
-        f"{elapsed_s:.1f} s, RTF {summary['rtf'] or 0:.4f}"
-    )
+    said = f"{len(lines)} recordings, {summary['hours']:.3f} h, {len(dropped)} left out"
+    print(f"{said} | {elapsed_s:.1f} s, RTF {summary['rtf'] or 0:.4f}")
     for kind, found in summary["scores"].items():
         rates = {name: rate for name, rate in found.items() if name[:3] in ("wer", "cer")}
         rates = ", ".join(f"{name} {100 * rate:.2f} %" for name, rate in rates.items())
