@@ -22,6 +22,7 @@ import math
 import os
 import re
 import sys
+import threading
 import unicodedata
 from dataclasses import dataclass
 from datetime import timedelta
@@ -182,6 +183,8 @@ def run_main(main, defaults, doc, batch_key="batch_size", **spelling):
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(f"{doc.strip()}\n\nKeys and their defaults:\n{defaults}")
         return
+    # TensorBoard writes in a thread; what stops it there is raised here, too
+    threading.excepthook = lambda args: no_room(args.exc_value) or threading.__excepthook__(args)
     try:
         main(load_config(sys.argv[1:], defaults, **spelling))
         if dist.is_initialized():
@@ -193,13 +196,23 @@ def run_main(main, defaults, doc, batch_key="batch_size", **spelling):
         message = str(error)
     except torch.OutOfMemoryError as error:
         message = f"out of memory, lower {batch_key} ({str(error).split('. ')[0]})"
-    except OSError as error:  # wherever something is written; datasets gives no number
-        if error.errno not in NO_ROOM and "disk space" not in str(error):
+    except Exception as error:
+        if not (reason := no_room(error)):
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        message = f"{where}{error.strerror or error}; what was saved is whole"
+        message = f"{reason}; what was saved is whole"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def no_room(error):
+    """What an exception says of a full or read-only disk that lies behind it; else ""."""
+    while error is not None:
+        full = "Not enough disk space" in str(error)  # datasets' own, without a number
+        if isinstance(error, OSError) and (error.errno in NO_ROOM or full):
+            where = f"{error.filename}: " if error.filename else ""
+            return where + (error.strerror or str(error).split(".")[0])
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 # ---- processes and files ----------------------------------------------------
