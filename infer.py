@@ -28,6 +28,7 @@ Source  prompt, adaptor, CTC and splice are model.py's, as in training. The orig
 """
 
 import functools
+import glob
 import importlib
 import itertools
 import json
@@ -682,6 +683,9 @@ def check_outputs(outputs, jsonl, mark, wanted, rows, inputs):
     if known not in ("", wanted):
         why = "unfinished, with other settings or weights"
         raise model.UserError(f"{jsonl}: {why}: give those, or another out, or delete {mark}")
+    for path in {*outputs, jsonl}:
+        for left in path.parent.glob(f"{glob.escape(path.stem)}.*.tmp[0-9]*"):  # of a killed run
+            left.unlink(missing_ok=True)
 
 
 def join_parts(jsonl, rows, fresh=False):
