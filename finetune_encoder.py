@@ -30,9 +30,12 @@ import contextlib
 import copy
 import functools
 import io
+import itertools
 import json
 import math
 import random
+import re
+import resource
 import shutil
 import sys
 import time
@@ -114,6 +117,8 @@ specaug_conf:            # time masks count feature frames: 60 ms, with Whisper 
   time_warp_window: 5    # - there is no time warp
 telephone_conf:          # + the simulated line
   data_set_list: []      # clean speech that always goes through it
+  silence_share: 0.0     # of an epoch: clips in which nobody speaks, made up or cut out of calls
+  silence_clips: 40      # such clips to be scored, every other one with 10 hotwords shown
   prob: 0.0              # share of train_data_set_list's clips that go through it too
   band_prob: 1.0         # 300-3400 Hz
   <<: {noise_prob: 0.5, snr_db: [5.0, 30.0]}  # white noise
@@ -151,6 +156,7 @@ dataset_conf:            # lengths are 10 ms frames of audio and text tokens
   <<: {max_source_length: 12000, min_source_length: 10, max_target_length: 2048}
   num_workers: 4
   retry: 2000            # stop when more clips than this cannot be read
+  empty_targets: keep    # + clips without a text: keep, nobody speaks in them, or drop
   strip_tags: false      # + take tags such as <|zh|> out of targets
   speed_perturb: [1.0]   # + factors, of which one is drawn for a training clip
   ctc_tokenizer: SenseVoiceTokenizer  # + char or word, with Whisper
@@ -160,10 +166,10 @@ dataset_conf:            # lengths are 10 ms frames of audio and text tokens
     <<: {is_multilingual: true, num_languages: 8749}  # - special tokens are no targets
   prompt_classes: MultiContextPrompt  # - the prompt is that of inference; FunASR's is another
   prompt_conf:
-    use_hotwords: true   # those of a clip's field `hotwords`
-    <<: {use_asr_hotwords: true, use_hist: false, use_one_pass_result: true}  # - inference has none
-    <<: {max_neg_hotwords_num: 0, min_neg_hotwords_num: 0}  # - no hotwords are made up
-    <<: {chinese_hotwords_list: null, english_hotwords_list: null}  # - no hotwords are made up
+    <<: {use_hotwords: true, use_asr_hotwords: true}  # those of a clip's fields of these names
+    <<: {use_hist: false, use_one_pass_result: true}  # - inference has none
+    <<: {min_neg_hotwords_num: 0, max_neg_hotwords_num: 0}  # drawn for a training clip, not said
+    <<: {chinese_hotwords_list: null, english_hotwords_list: null}  # files; null: other clips' own
   <<: {index_ds: FunASR, shuffle: true}  # =
   batch_sampler: BatchSampler   # - FunASR maps every name to one sampler; batch_type decides
   sort_size: 1024        # - pools of like clips are as large as keeps the padding small
@@ -190,6 +196,13 @@ SANM = "SenseVoiceEncoderSmall"
 CTC = ("ctc_decoder", "ctc")  # the branch that Hugging Face's model.pt lacks
 CODECS = {"mulaw": "ULAW", "alaw": "ALAW", "gsm": "GSM610"}  # libsndfile's names
 SETS = ("telephone", "simulated", "clean")  # as it is, through the simulated line, clean speech
+DISTRACTORS = (0, 10, 100)  # hotwords that are not said beside those that are, in validation
+ONLY_DISTRACTORS = 0.2  # share of the training clips with hotwords that are shown only others
+TONES = {  # Hz, and seconds on and off: of North America, and 450 Hz of China
+    "dial": [(350, 440, 1, 0), (450, 450, 1, 0)], "busy": [(480, 620, 0.5, 0.5)] * 2,
+    "ringback": [(440, 480, 2, 4), (450, 450, 1, 4)],
+    "dtmf": [(a, b, 0.1, 0.1) for a in (697, 770, 852, 941) for b in (1209, 1336, 1477)],
+}  # fmt: skip
 
 
 def marked(mark):
@@ -227,12 +240,19 @@ def check(cfg, say, verbose):
         ("specaug", ("", "SpecAugLFR")),
         ("dataset_conf.batch_type", ("token", "length", "example")),
         ("dataset_conf.ctc_tokenizer", tokenizers),
+        ("dataset_conf.empty_targets", ("keep", "drop")),
     ):
         model.one_of(allowed, cfg, key)
     if cfg.llm_conf.use_lora and not cfg.llm_conf.freeze:
         raise model.UserError("llm_conf.use_lora: LoRA trains beside a frozen LLM; set freeze=true")
-    if not 0 <= cfg.data_mix < 1 or max(line.packet_loss_rate) >= 1:
-        raise model.UserError("data_mix and telephone_conf.packet_loss_rate are shares below 1")
+    if not 0 <= min(cfg.data_mix, line.silence_share) <= max(
+        cfg.data_mix, line.silence_share, *line.packet_loss_rate) < 1:  # fmt: skip
+        names = "data_mix, telephone_conf.silence_share and telephone_conf.packet_loss_rate"
+        raise model.UserError(f"{names} are shares below 1")
+    if cfg.dataset_conf.prompt_conf.min_neg_hotwords_num > most_distractors(cfg):
+        raise model.UserError("prompt_conf: min_neg_hotwords_num is over max_neg_hotwords_num")
+    say("expect, as the guide says: a first loss of 2 to 3, 30 to 50 % lower at the end, the best "
+        "epoch between 5 and 15")  # fmt: skip
     if unknown := set(line.codecs) - set(CODECS):
         raise model.UserError(f"telephone_conf.codecs: {min(unknown)} is none of {list(CODECS)}")
     for minimum, section, names in (
@@ -240,6 +260,7 @@ def check(cfg, say, verbose):
         (0, "train_conf", "grad_clip log_interval validate_interval save_checkpoint_interval"),
         (1, "dataset_conf", "batch_size batch_size_sample_max batch_size_token_max"),
         (1, "telephone_conf", "packet_loss_burst"),
+        (0, "telephone_conf", "silence_clips"),
     ):
         model.at_least(minimum, cfg, *(f"{section}.{name}" for name in names.split()))
 
@@ -284,6 +305,35 @@ def lose_packets(wave, rate, burst, rng):
             wave[first : first + 160] = 0.0
         lost = rng.random() < (1 - 1 / burst if lost else rate / (1 - rate) / burst)
     return wave
+
+
+def make_silence(seconds, rng):
+    """Nobody speaks, at 8 kHz: (N,). Digital silence, noises, the network's tones, clicks."""
+    kind = rng.choice(["digital", "comfort", "room", "clicks", *TONES])
+    count, loud = round(8000 * seconds), 10 ** (rng.uniform(-50, -20) / 20)
+    noise = np.random.default_rng(rng.getrandbits(63)).standard_normal(count)
+    noise = torch.from_numpy(noise).float()
+    if kind in ("digital", "comfort"):
+        return noise * (kind == "comfort") * 10 ** (rng.uniform(-75, -55) / 20)
+    if kind == "room":
+        return torchaudio.functional.lowpass_biquad(noise, 8000, rng.uniform(200, 1500)) * loud
+    if kind == "clicks":
+        return noise * (noise.abs() > rng.uniform(3.0, 3.8)) * loud
+    low, high, on, off = rng.choice(TONES[kind])
+    time_s = torch.arange(count) / 8000
+    tone = (2 * math.pi * low * time_s).sin() + (2 * math.pi * high * time_s).sin()
+    return tone / 2 * loud * (time_s % (on + off) < on) + noise * 1e-3 * loud
+
+
+def longest_pause(wave, rate):
+    """The longest stretch of a call, 0.2 s at least, in which silero-vad hears nobody, or None."""
+    from silero_vad import get_speech_timestamps, load_silero_vad
+
+    found = get_speech_timestamps(wave, load_silero_vad(), sampling_rate=rate)
+    ends = [0, *(span["end"] for span in found)]
+    starts = [*(span["start"] for span in found), len(wave)]
+    first, last = max(zip(ends, starts, strict=True), key=lambda pair: pair[1] - pair[0])
+    return wave[first:last] if last - first >= 0.2 * rate else None
 
 
 # ---- Fun-ASR-Nano: front end, tokenizers, layers, prompt --------------------
@@ -524,12 +574,11 @@ def nano_prompt(tokenizer, hotwords="", language="", instruction=""):
     return tuple(model.turn_to_ids(tokenizer, half) for half in halves)
 
 
-def row_prompt(row, use_hotwords=True):
+def row_prompt(row, fields=("hotwords", "asr_hotwords")):
     """Hotwords, language and instruction of a manifest's row, as nano_prompt takes them."""
     names = {"zh": "中文", "en": "英文", "ja": "日文", "auto": ""}  # as FunASR writes them
-    hotwords = row.get("hotwords") if use_hotwords else ""
-    language = row.get("language") or ""
-    return hotwords or "", names.get(language, language), row.get("prompt") or ""
+    hotwords, language = [row[f] for f in fields if row.get(f)], row.get("language") or ""
+    return ", ".join(hotwords), names.get(language, language), row.get("prompt") or ""
 
 
 # ---- loading ----------------------------------------------------------------
@@ -647,19 +696,55 @@ def load_for_training(cfg, device):
         out += [parts.frontend.net.conv1, parts.frontend.net.conv2]
     for part in out + blocks[:lowest]:
         model.freeze(part)
+    shown = cfg.dataset_conf.prompt_conf.max_neg_hotwords_num
+    parts.pools, parts.extra = hotword_pools(cfg), 0
+    if parts.tokenizer and shown:  # positions that the longest distractors may take
+        words = [f", {word}" for pool in parts.pools.values() for word in pool]
+        lengths = sorted(map(len, parts.tokenizer(words)["input_ids"])) if words else []
+        parts.extra = sum(lengths[-shown:])
     return parts
 
 
 # ---- data -------------------------------------------------------------------
 
 
+def most_distractors(cfg):
+    return cfg.dataset_conf.prompt_conf.max_neg_hotwords_num
+
+
+def hotword_pools(cfg):
+    """{True: Chinese, False: other} words that may be distractors: of the lists, else of the
+    training clips' own hotwords and texts."""
+    conf, pools = cfg.dataset_conf.prompt_conf, {True: set(), False: set()}
+    lists = {True: conf.chinese_hotwords_list, False: conf.english_hotwords_list}
+    for cjk in (cjk for cjk, path in lists.items() if path):
+        pools[cjk] = {line for _, line in model.read_lines(lists[cjk])}
+    specs = [*cfg.train_data_set_list, *cfg.telephone_conf.data_set_list, *cfg.valid_data_set_list]
+    for _, _, row in list_rows(specs, cfg):
+        text = model.normalize_text(row["target"] or "")
+        if not lists[cjk := model.is_cjk(text)]:
+            pools[cjk].update(model.as_list(row.get("hotwords") or ""))
+            pools[cjk].update(re.findall("..." if cjk else r"\S{5,}", text))
+    return {cjk: sorted(words) for cjk, words in pools.items()}
+
+
+def draw_hotwords(clip, pools, count, rng):
+    """The clip's hotwords among `count` that are not said, in any order."""
+    said, right = model.normalize_text(clip.target), model.as_list(clip.prompt[0])
+    pool = pools[model.is_cjk(said)] or pools[True] or pools[False]
+    wrong = rng.sample(pool, min(len(pool), count + len(right) + 5))
+    wrong = [word for word in wrong if model.normalize_text(word) not in said and word not in right]
+    words = right + wrong[:count]
+    return ", ".join(rng.sample(words, len(words)))
+
+
 @dataclass
 class Clip:
     key: str
     source: str  # path, or its place in a table
-    place: tuple  # (manifest, number of its row)
+    place: tuple | None  # (manifest, number of its row); None: silence that is made up
     target: str
-    kind: str  # of SETS
+    kind: str  # of SETS, silence, or hotwords among so many DISTRACTORS
     prompt: tuple  # hotwords, language, instruction: of nano_prompt
     seconds: float = 0.0  # 0 where it cannot be read
     frames: int = 0  # of 10 ms
@@ -667,6 +752,7 @@ class Clip:
     classes: list = ()  # labels of CTC
     length: float = 0.0  # in the unit of dataset_conf.batch_size
     reason: str = ""  # why it is left out
+    silent: bool = False  # nobody speaks: the end of turn at once, and only blanks
 
 
 def list_rows(specs, cfg):
@@ -692,12 +778,15 @@ def read_clips(specs, kind, cfg, parts, training):
     stop = tokenizer and tokenizer("<|im_end|>", add_special_tokens=False)["input_ids"]
     for rows, number, row in list_rows(specs, cfg):
         source, target = row.get("source") or row["where"], (row["target"] or "").strip()
-        prompt = row_prompt(row, conf.prompt_conf.use_hotwords)
+        fields = ("hotwords", "asr_hotwords")
+        prompt = row_prompt(row, [name for name in fields if conf.prompt_conf[f"use_{name}"]])
         clip = Clip(row["key"], source, (rows, number), target, kind, prompt, row["seconds"])
         clip.reason = row["reason"]
         clips.append(clip)
-        if tokenizer and target:
-            clip.ids = tokenizer(target, **plain)["input_ids"] + stop
+        # null is speech without a transcript, "" is silence
+        clip.silent = row["target"] == "" and conf.empty_targets == "keep"
+        if tokenizer and (target or clip.silent):
+            clip.ids = (tokenizer(target, **plain)["input_ids"] if target else []) + stop
         if parts.ctc_tokenizer:
             clip.classes = parts.ctc_tokenizer.encode(ctc_text(target, cfg))
         labels = len(clip.ids) or len(clip.classes)
@@ -705,7 +794,7 @@ def read_clips(specs, kind, cfg, parts, training):
         slowest = clip.frames / min(conf.speed_perturb)
         clip.length = slowest + labels * (conf.batch_type == "token")
         if tokenizer and conf.batch_type != "example":  # LLM positions, in the same currency
-            prompt = sum(map(len, nano_prompt(tokenizer, *clip.prompt)))
+            prompt = sum(map(len, nano_prompt(tokenizer, *clip.prompt))) + training * parts.extra
             positions = llm_positions(-(-slowest // model.LFR_N)) + prompt + labels
             clip.length = max(clip.length, positions * conf.batch_size / conf.batch_size_token_max)
         limits = {
@@ -715,10 +804,32 @@ def read_clips(specs, kind, cfg, parts, training):
             "shorter than min_source_length": clip.frames < conf.min_source_length,
             "text longer than max_target_length": labels > conf.max_target_length,
             "larger than batch_size": clip.length > batch_limits(cfg)[0],
-            "no transcript": not labels and not (cfg.distill_weight and kind == "simulated"),
+            "no transcript": not (labels or clip.silent)
+            and not (cfg.distill_weight and kind == "simulated"),
         }
         for reason, holds in limits.items() if training else [*limits.items()][:1]:
             clip.reason = clip.reason or holds * reason
+    return clips
+
+
+def silence_clips(count, cfg, parts, hotwords=0):
+    """Made-up clips of 0.2 to 20 s; `hotwords` in the prompt of every other one."""
+    rng, clips, tokenizer = random.Random(f"{cfg.seed} silence {count}"), [], parts.tokenizer
+    stop = tokenizer and tokenizer("<|im_end|>", add_special_tokens=False)["input_ids"]
+    longest = min(20.0, batch_limits(cfg)[0] / 200, cfg.dataset_conf.max_token_length / 110)
+    for n in range(count):
+        seconds = math.exp(rng.uniform(math.log(0.2), math.log(longest)))
+        clip = Clip(f"silence-{n}", "", None, "", "silence", ("", "", ""), seconds, silent=True)
+        clip.frames, clip.ids = model.fbank_frames(round(seconds * 16000)), stop or ()
+        if hotwords and n % 2:
+            clip.prompt = draw_hotwords(clip, parts.pools, hotwords, rng), "", ""
+        clip.length = clip.frames + len(clip.ids)
+        if tokenizer:
+            prompt = sum(map(len, nano_prompt(tokenizer, *clip.prompt))) + parts.extra
+            positions = llm_positions(-(-clip.frames // model.LFR_N)) + prompt + 1
+            scale = cfg.dataset_conf.batch_size / cfg.dataset_conf.batch_size_token_max
+            clip.length = max(clip.length, positions * scale)
+        clips.append(clip)
     return clips
 
 
@@ -743,6 +854,7 @@ def read_data(cfg, parts, say):
             "prompt of their own")  # fmt: skip
         setattr(data, name, kept)
     check_readable(data.dropped, cfg)
+    add_silence_and_hotwords(data, cfg, parts)
     kinds = Counter(clip.kind for clip in data.train)
     data.n_clean = kinds["clean"]
     if len(data.train) == data.n_clean or not data.valid:
@@ -752,6 +864,20 @@ def read_data(cfg, parts, say):
     if cfg.distill_weight and not kinds["simulated"] + kinds["clean"]:
         raise model.UserError("distill_weight: needs clean speech in telephone_conf.data_set_list")
     return data
+
+
+def add_silence_and_hotwords(data, cfg, parts):
+    """Silence to train on (first) and to score; clips with hotwords once per DISTRACTORS."""
+    share, rng = cfg.telephone_conf.silence_share, random.Random(f"{cfg.seed} hotwords")
+    spoken = sum(clip.kind != "clean" for clip in data.train)
+    data.train[:0] = silence_clips(round(share / (1 - share) * spoken), cfg, parts)
+    data.valid += silence_clips(cfg.telephone_conf.silence_clips, cfg, parts, 10)
+    asked = [clip for clip in data.valid if clip.prompt[0] and clip.kind == "telephone"]
+    for count in DISTRACTORS if parts.tokenizer else ():
+        for clip in asked:
+            words = draw_hotwords(clip, parts.pools, count, rng)
+            prompt = (words, *clip.prompt[1:])
+            data.valid.append(replace(clip, kind=f"hotwords{count}", prompt=prompt))
 
 
 def check_readable(dropped, cfg):
@@ -802,7 +928,7 @@ class Batch:
         """What the losses of this batch are divided by."""
         count = len if cfg.model_conf.length_normalized_loss else bool
         ce = sum(count(clip.ids) for clip in self.clips)
-        ctc = sum(count(clip.classes) for clip in self.clips)
+        ctc = sum(count(clip.classes) or clip.silent for clip in self.clips)
         return {"ce": ce, "ctc": ctc, "distill": self.twin_frames}
 
 
@@ -813,8 +939,10 @@ class Clips(torch.utils.data.Dataset):
     nothing is random but the simulated line, which is the same every time.
     """
 
-    def __init__(self, clips, frontend, cfg, rank):
+    def __init__(self, clips, frontend, cfg, rank, pools=None):
         self.clips, self.frontend, self.cfg, self.rank = clips, frontend, cfg, rank
+        self.pools, self.quiet = pools, cfg.telephone_conf.copy()
+        self.quiet.level_prob = self.quiet.noise_prob = 0.0  # of silence: it would be made loud
         stacked = isinstance(frontend, NanoFrontend)  # else Whisper's, which has 16 kHz anyway
         self.wide = NanoFrontend(**{**cfg.frontend_conf, "fs": 16000}) if stacked else frontend
         masks = {k: v for k, v in cfg.specaug_conf.items() if "time_warp" not in k}
@@ -834,12 +962,21 @@ class Clips(torch.utils.data.Dataset):
 
     def load(self, clip, epoch):
         """Clip, its features, and with distillation those of the same speech, clean, or None."""
-        name = f"{self.cfg.seed}-{epoch}-{clip.key}"
+        name, conf = f"{self.cfg.seed}-{epoch}-{clip.key}", self.cfg.dataset_conf.prompt_conf
+        if epoch >= 0 and conf.max_neg_hotwords_num:
+            rng = random.Random(f"{name} hotwords")
+            count = rng.randint(conf.min_neg_hotwords_num, conf.max_neg_hotwords_num)
+            shown = clip
+            if count and rng.random() < ONLY_DISTRACTORS:
+                shown = replace(clip, prompt=("", *clip.prompt[1:]))
+            words = draw_hotwords(shown, self.pools, count, rng)
+            clip = replace(clip, prompt=(words, *clip.prompt[1:]))
         try:
             heard, twin = self.features(clip, epoch, name)
         except model.AudioError as error:  # a second of silence takes its place
             heard, twin = self.wide.features(torch.zeros(16000), name), None
-            clip = replace(clip, ids=(), classes=(), seconds=0.0, reason=str(error))
+            empty = {"ids": (), "classes": (), "silent": False, "seconds": 0.0}
+            clip = replace(clip, **empty, reason=str(error))
         if self.masking is not None and epoch >= 0:
             seed = int(model.hash_text(f"{name} masks")[:15], 16)
             heard = self.masking(heard, torch.Generator().manual_seed(seed))
@@ -849,6 +986,8 @@ class Clips(torch.utils.data.Dataset):
         cfg, rng, rate = self.cfg, random.Random(name), self.frontend.sample_rate
         on_phone, own_rate = clip.kind == "telephone", rate if clip.kind == "telephone" else 16000
         speed = rng.choice(list(cfg.dataset_conf.speed_perturb)) if epoch >= 0 else 1.0
+        if clip.place is None:
+            return self.frontend.features(self.silence(clip, epoch, rng), name), None
         row = clip.place[0][clip.place[1]]
         wave = model.change_speed(model.load_clip(row, own_rate), speed, own_rate)
         if on_phone and (epoch < 0 or rng.random() >= cfg.telephone_conf.prob):
@@ -861,9 +1000,20 @@ class Clips(torch.utils.data.Dataset):
         line = model.resample(line, 8000, rate)[: len(wave) * rate // own_rate]
         return self.frontend.features(line, name), clean
 
+    def silence(self, clip, epoch, rng):
+        """Made up and sent through the line, or a pause of one of the calls, which was there."""
+        rate, calls = self.frontend.sample_rate, [c for c in self.clips if c.kind == "telephone"]
+        if epoch >= 0 and calls and rng.random() < 0.3:
+            with_place = rng.choice(calls).place
+            pause = longest_pause(model.load_clip(with_place[0][with_place[1]], 8000), 8000)
+            if pause is not None:
+                return model.resample(pause[: round(8000 * clip.seconds)], 8000, rate)
+        line = simulate_telephone(make_silence(clip.seconds, rng), self.quiet, rng)
+        return model.resample(line, 8000, rate)
+
 
 def load_batches(clips, places, parts, cfg, rank, device):
-    dataset, gpu = Clips(clips, parts.frontend, cfg, rank), device.type == "cuda"
+    dataset, gpu = Clips(clips, parts.frontend, cfg, rank, parts.pools), device.type == "cuda"
     rest = {"num_workers": cfg.dataset_conf.num_workers, "pin_memory": gpu}
     return torch.utils.data.DataLoader(dataset, batch_size=None, sampler=places, **rest)
 
@@ -900,6 +1050,11 @@ class Finetune(nn.Module):
             scores = nano.ctc_log_probs(enc.detach() if self.cfg.detach_ctc_decoder else enc, lens)
             classes, blank = [clip.classes for clip in clips], nano.ctc.blank
             sums["ctc"], sums["impossible"] = model.ctc_loss(*scores, classes, blank)
+            silent = [n for n, clip in enumerate(clips) if clip.silent]
+            if silent:  # -log p of blanks alone, as CTC of an empty text is
+                real = model.length_mask(scores[1][silent], scores[0].shape[1], enc.device)
+                sums["ctc"] = sums["ctc"] - scores[0][silent, :, blank][real].sum()
+                sums["impossible"] -= len(silent)
         if batch.twin_of:
             with torch.no_grad():
                 wanted, twin_lens = self.original(feats[count:], batch.lens[count:])
@@ -988,7 +1143,8 @@ def evaluate(tuner, data, parts, run, most=sys.maxsize):
     """
     tuner.eval()
     cfg, places, found, sums, scores = tuner.cfg, [], [], Counter(), {}
-    for kind in SETS:
+    kinds = dict.fromkeys(clip.kind for clip in data.valid)
+    for kind in kinds:
         chosen = [n for n, clip in enumerate(data.valid) if clip.kind == kind]
         spread = np.linspace(0, len(chosen) - 1, min(most, len(chosen))).astype(int)
         chosen = [chosen[n] for n in spread]
@@ -1014,7 +1170,7 @@ def evaluate(tuner, data, parts, run, most=sys.maxsize):
         sums.update(part)  # a sum of Counters would leave a NaN out
     data.dropped |= {(clip.kind, clip.key): clip for clip, _, _ in rows if clip.reason}
     rows = [row for row in rows if not row[0].reason]
-    for kind in SETS:
+    for kind in kinds:
         for name, column in (("llm_er", 1), ("ctc_er", 2)):
             pairs = [(r[0].target, r[column]) for r in rows if r[0].kind == kind and r[0].target]
             if pairs and pairs[0][1] is not None:
@@ -1023,6 +1179,48 @@ def evaluate(tuner, data, parts, run, most=sys.maxsize):
         scores |= {f"{kind}_{n}": sums[kind, n] / sums[kind, f"n_{n}"] for n in counted}
     tuner.train()
     return scores, rows
+
+
+def details(rows):
+    """What an error rate hides, of (clip, LLM's text, CTC's text): {label: counts, or a number}."""
+    found, turns = {}, {"": (0, math.inf), ", turns under 1 s": (0, 1)}
+    turns |= {", 1 to 3 s": (1, 3), ", over 3 s": (3, math.inf)}
+    for read_out, column in (("LLM", 1), ("CTC", 2)):
+        known = [(row[0], row[column]) for row in rows if row[column] is not None]
+        for kind, (turn, (low, high)) in itertools.product(SETS, turns.items()):
+            part = [(c.target, text) for c, text in known
+                    if c.kind == kind and c.target and low <= c.seconds < high]  # fmt: skip
+            if part:
+                counts = model.error_rate(*zip(*part, strict=True))
+                found[f"{kind}{turn}, {read_out}"] = counts
+        for name, shown in (("silence", False), ("silence with hotwords shown", True)):
+            part = [(c, text) for c, text in known if c.silent and bool(c.prompt[0]) == shown]
+            minutes = sum(clip.seconds for clip, _ in part) / 60
+            texts = [model.normalize_text(text) for _, text in part]
+            words = sum(len(model.score_units(text, model.is_cjk(text))) for text in texts)
+            if part:
+                found[f"{name}, words a minute, {read_out}"] = words / minutes
+        for count in DISTRACTORS if read_out == "LLM" else ():
+            part = [(c, text) for c, text in known if c.kind == f"hotwords{count}"]
+            said, heard, made_up = Counter(), Counter(), Counter()
+            for clip, text in part:
+                words = list(map(model.normalize_text, model.as_list(clip.prompt[0])))
+                target, text = model.normalize_text(clip.target), model.normalize_text(text)
+                said.update(word for word in words if word in target)
+                heard.update(word for word in words if word in target and word in text)
+                made_up.update(word for word in words if word in text and word not in target)
+            if said:
+                recall = f"said hotwords found, among {count} others, share"
+                found |= {recall: heard.total() / said.total()}
+                found[f"hotwords written that nobody said, {count} others"] = made_up.total()
+    return found
+
+
+def cell(value):
+    if isinstance(value, dict):
+        edits = "/".join(str(value[k]) for k in ("substitutions", "deletions", "insertions"))
+        return f"{100 * value['rate']:.1f} % ({edits})"
+    return "–" if value is None else f"{value:.3g}"
 
 
 def transcribe(tuner, heard, clips):
@@ -1093,13 +1291,14 @@ def main(cfg, check_only=False):
         "trained": {"tensors": model.hash_text([sorted(trained), symbols])},
     }
     state = model.open_run(folder, cfg, identity, conf.resume, rank, world)
-    names = ("step", "epoch", "used", "kept", "idle", "best", "before", "spent")
-    step, epoch, used, kept, idle, best, before, spent = 0, 0, 0, [], 0, [math.inf], None, 0.0
+    names = ("step", "epoch", "used", "kept", "idle", "best", "before", "told", "spent")
+    step, epoch, used, kept, idle, best, spent = 0, 0, 0, [], 0, [math.inf], 0.0
+    before = told = None
     if state:
         load_tensors(tuner.nano, tuner.nano.state_dict() | state["trained"], folder / "last.pt")
         groups = optimizer.state_dict()["param_groups"]  # as they are configured now
         optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
-        step, epoch, used, kept, idle, best, before, spent = (state[name] for name in names)
+        step, epoch, used, kept, idle, best, before, told, spent = (state[n] for n in names)
         kept = [item for item in kept if step_file(folder, item[1]).is_file()]
     patience = conf.early_stopping_patience or math.inf
     if (step >= total or idle >= patience) and (folder / "results.json").is_file():
@@ -1107,9 +1306,11 @@ def main(cfg, check_only=False):
         say(f"{folder}: this run is finished at step {step}, {why}; see {folder}/table.md")
         return
     if before is None:
-        before, _ = evaluate(tuner, data, parts, run)
+        before, rows = evaluate(tuner, data, parts, run)
+        told = details(rows)
         if parts.random_ctc:  # it reads noise
             before = {name: value for name, value in before.items() if "_ctc" not in name}
+            told = {name: value for name, value in told.items() if "CTC" not in name}
     wrapped = tuner
     if world > 1:
         wrapped = nn.parallel.DistributedDataParallel(tuner, broadcast_buffers=False)
@@ -1157,17 +1358,20 @@ def main(cfg, check_only=False):
         ends = epoch_ends or idle >= patience
         if rank == 0 and (ends or model.due(step, conf.save_checkpoint_interval, total)):
             model.check_gradient(norm, step)
-            values = step, epoch, used, kept, idle, best, before, spent + time.time() - started
+            values = step, epoch, used, kept, idle, best, before, told
+            values = *values, spent + time.time() - started
             state = dict(zip(names, values, strict=True)) | {"format": model.FORMAT, "world": world}
             state |= {"identity": identity, "config": OmegaConf.to_container(cfg)}
             state |= {"trained": trained_state(parts), "optimizer": optimizer.state_dict()["state"]}
             model.save(folder / "last.pt", state)
     bar.close()
-    finish(tuner, data, parts, run, kept, before, step)
-    say(f"done: {step} steps, {spent + time.time() - started:.0f} s -> {folder}")
+    spent += time.time() - started
+    about = {"before": before, "steps": step, "seconds": spent}
+    finish(tuner, data, parts, run, kept, about, told, len(groups_of(0)))
+    say(f"done: {step} steps, {spent:.0f} s -> {folder}")
 
 
-def finish(tuner, data, parts, run, kept, before, step):
+def finish(tuner, data, parts, run, kept, about, told, epoch_steps):
     """Average the best checkpoints, keep the better of average and best, tell what has changed."""
     cfg, folder, nano, average, found = tuner.cfg, Path(tuner.cfg.output_dir), tuner.nano, {}, {}
     if run.world > 1:
@@ -1197,21 +1401,41 @@ def finish(tuner, data, parts, run, kept, before, step):
     content |= {"ctc_symbols": parts.ctc_tokenizer and parts.ctc_tokenizer.symbols}
     model.save(folder / "config.json", content)
     after, rows = found[chosen]
-    table = ["| set | read-out | before | after |", "|---|---|---|---|"]
-    for name in (name for name in after if name.endswith("_er")):
-        old = f"{100 * before[name]:.1f} %" if name in before else "–"
-        kind, read_out, _ = name.split("_")
-        table.append(f"| {kind} dev | {read_out.upper()} | {old} | {100 * after[name]:.1f} % |")
-    rows = [(c, (llm if llm is not None else ctc) or "") for c, llm, ctc in rows]
+    about |= {"details": {"before": told, "after": details(rows)}}
+    table = ["| set, read-out | before | after |", "|---|---|---|"]
+    for label, value in about["details"]["after"].items():
+        table.append(f"| {label} | {cell(told.get(label))} | {cell(value)} |")
+    gib = torch.cuda.max_memory_allocated() / 2**30 or (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    )
+    notes = ["(substituted/deleted/inserted)", f"{about['seconds']:.0f} s, {gib:.1f} GiB"]
+    notes += expected(folder, kept, epoch_steps)
+    rows = [(c, (ctc if llm is None else llm) or "") for c, llm, ctc in rows if c.kind in SETS]
     rows.sort(key=lambda row: -model.error_rate([row[0].target], [row[1]])["rate"])
     worst = [f"{c.key} ({c.kind}): {c.target!r} -> {text!r}" for c, text in rows[:20]]
-    print("\n".join([*table, f"the {chosen} of steps {[n for _, n in kept]}; worst:", *worst[:5]]))
-    model.save(folder / "table.md", "\n".join(table) + "\n")
+    print(
+        "\n".join(
+            [*table, *notes, f"the {chosen} of steps {[n for _, n in kept]}; worst:", *worst[:5]]
+        )
+    )
+    model.save(folder / "table.md", "\n".join([*table, "", *notes]) + "\n")
     model.save(folder / "worst.txt", "\n".join(worst) + "\n")
     plot_curves(folder)
-    content = {name: scores for name, (scores, _) in found.items()} | {"before": before}
-    content |= {"after": after, "chosen": chosen, "steps": step}
+    content = about | {name: scores for name, (scores, _) in found.items()}
+    content |= {"after": after, "chosen": chosen, "gib": gib}
     model.save(folder / "results.json", content)  # the last: now the run is finished
+
+
+def expected(folder, kept, epoch_steps):
+    """This run beside what the guide leads one to expect; lines of text."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["ce"] for row in rows if "ce" in row]
+    if not losses:
+        return []
+    lower = 100 * (1 - losses[-1] / losses[0])
+    epoch = -(-kept[0][1] // epoch_steps)
+    return [f"first loss {losses[0]:.2f} (expected 2 to 3), {lower:.0f} % lower at the end (30 to "
+            f"50), best in epoch {epoch} (5 to 15)"]  # fmt: skip
 
 
 def plot_curves(folder):

@@ -1560,8 +1560,8 @@ def error_rate(references, hypotheses, normalize=normalize_text, characters=None
 
 # ---- manifests --------------------------------------------------------------
 
-FIELDS = ("key", "source", "target", "language", "prompt", "hotwords", "question", "channel",
-          "where")  # fmt: skip
+FIELDS = ("key", "source", "target", "language", "prompt", "hotwords", "asr_hotwords", "question",
+          "channel", "where")  # fmt: skip
 NUMBERS = ("start", "end", "duration")  # in seconds; start and end: the part of `source` meant
 TAGS = r"<\|[^|<>]*\|>"  # as SenseVoice writes them: <|zh|><|NEUTRAL|>
 AISHELL_TEXT = "transcript/aishell_transcript_v0.8.txt"
@@ -1813,7 +1813,7 @@ def read_table(spec, columns):
     where = [f"{spec}:{number}" for number in range(len(rows))]
     keys = list(map(str, rows["key"])) if "key" in rows.column_names else where
     taken = dict(zip(columns, ("audio", "target", "question"), strict=True))
-    taken |= {name: name for name in ("language", "prompt", "hotwords")}
+    taken |= {name: name for name in ("language", "prompt", "hotwords", "asr_hotwords")}
     taken = {theirs: name for theirs, name in taken.items() if theirs in rows.column_names}
     rows = rows.select_columns(list(taken)).rename_columns(taken)
     for name in sorted({*FIELDS, *NUMBERS} - set(taken.values())):

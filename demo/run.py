@@ -116,9 +116,9 @@ def finish(cfg, folder, table, formats, more):
     seconds = json.loads(Path(cfg.run, "seconds.json").read_text())
     about = {"seed": cfg.seed, "seconds": seconds} | more
     model.save(Path(folder) / "results.json", about | {"rows": table})
-    print(f"\n{'':44}" + "".join(f"{name:>16}" for name in formats))
+    print(f"\n{'':44}" + "".join(f"{name:>18}" for name in formats))
     for label, row in table.items():
-        print(f"{label:44}" + "".join(f"{f.format(row[k]):>16}" for k, f in formats.items()))
+        print(f"{label:44}" + "".join(f"{f.format(row[k]):>18}" for k, f in formats.items()))
     parts = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
     print(f"{', '.join(f'{value} {name}' for name, value in more.items())}, seed {cfg.seed}")
     print(f"{sum(seconds.values()) / 60:.1f} minutes (seconds: {parts})")
@@ -208,7 +208,7 @@ def whisper_decoder(cfg, lines):
 # ---- telephone: finetune_encoder.py -----------------------------------------
 
 AUGMENT = ["specaug=SpecAugLFR", "telephone_conf.prob=0.5", "telephone_conf.packet_loss_prob=0.3",
-           "dataset_conf.speed_perturb=0.9,1.0,1.1"]  # fmt: skip
+           "dataset_conf.speed_perturb=0.9,1.0,1.1", "telephone_conf.silence_share=0.1"]  # fmt: skip
 
 
 def telephone(cfg):
@@ -231,7 +231,7 @@ def telephone(cfg):
     top += ["audio_encoder_conf.freeze_layer_num=1"]
     rows = {"head": [f"init_param={start}"], "top": top, "augmented": [*top, *AUGMENT]}
     labels = ("the head alone, encoder frozen", "and the encoder's three upper blocks",
-              "and SpecAug, telephone line, speed")  # fmt: skip
+              "and SpecAug, line, speed, silence")  # fmt: skip
     table = {}
     for label, (name, arguments) in zip(labels, rows.items(), strict=True):
         folder, table[label] = finetune(cfg, name, 160, [*common, *arguments]), {}
@@ -239,8 +239,11 @@ def telephone(cfg):
             stage = f"{name} {column}".replace(" ", "_")
             lines = transcribe(cfg, stage, folder, manifest, "decode.ctc_weight=0")
             table[label][column] = rate(lines)["wer"]
+        told = json.loads(Path(folder, "results.json").read_text())["details"]["after"]
+        table[label]["words/min silence"] = told["silence, words a minute, CTC"]
     clips = {f"clips of {name}": len(read_rows(manifest)) for name, manifest in sets.items()}
-    finish(cfg, run, table, dict.fromkeys(sets, "{:.1%}"), clips)
+    formats = dict.fromkeys(sets, "{:.1%}") | {"words/min silence": "{:.1f}"}
+    finish(cfg, run, table, formats, clips)
 
 
 def finetune(cfg, name, steps, arguments):

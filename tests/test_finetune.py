@@ -93,6 +93,7 @@ def world(tmp_path_factory, official_folder):
     small = f"""train_data_set_list={calls} valid_data_set_list={dev} llm=none
         dataset_conf.batch_size_sample_max=4 dataset_conf.num_workers=0
         init_param={official_folder}/model.pt scheduler_conf.warmup_steps=2
+        telephone_conf.silence_clips=0
         train_conf.log_interval=1 train_conf.max_epoch=2"""
     clean = [f"clean_data_set_list={wide}", f"clean_valid_data_set_list={wide}", "data_mix=0.3"]
     stage1 = [CONFIGS / "stage1.yaml", *sizes, *small.split()]
@@ -192,7 +193,11 @@ train_conf: use_bf16=true""",
 }
 ELSEWHERE = """output_dir train_conf.resume dataset_conf.retry dataset_conf.ctc_tokenizer
     train_conf.early_stopping_patience train_conf.save_checkpoint_interval llm_conf.llm_dtype
-    dataset_conf.strip_tags"""
+    dataset_conf.strip_tags dataset_conf.empty_targets telephone_conf.silence_share
+    telephone_conf.silence_clips
+    dataset_conf.prompt_conf.use_asr_hotwords dataset_conf.prompt_conf.min_neg_hotwords_num
+    dataset_conf.prompt_conf.max_neg_hotwords_num dataset_conf.prompt_conf.chinese_hotwords_list
+    dataset_conf.prompt_conf.english_hotwords_list"""
 
 
 def test_every_key_is_read_or_answered():
@@ -461,8 +466,11 @@ def test_a_run_ends_with_a_table_and_the_better_of_best_and_average(world, tmp_p
     table, found = (run / "table.md").read_text(), results(run)
     for name in ("telephone", "simulated", "clean"):
         for kind in ("LLM", "CTC"):
-            assert re.search(rf"\| {name} dev \| {kind} \| [\d.]+ % \| [\d.]+ % \|", table)
+            rate = r"[\d.]+ % \(\d+/\d+/\d+\)"
+            assert re.search(rf"\| {name}, {kind} \| {rate} \| {rate} \|", table)
     assert found["before"].keys() == found["after"].keys() and found["steps"] == 8
+    assert found["details"]["before"].keys() == found["details"]["after"].keys()
+    assert re.search(r"first loss \d+\.\d\d \(expected 2 to 3\)", table)
     keys = ("telephone_llm_er", "telephone_ce")
     ranks = {name: [found[name][key] for key in keys] for name in ("best", "average")}
     assert ranks[found["chosen"]] == min(ranks.values())
@@ -537,7 +545,7 @@ def test_a_run_that_stopped_early_does_not_train_on(world, tmp_path, monkeypatch
     assert first["steps"] == 3
     monkeypatch.setattr(ft, "train_step", None)
     (tmp_path / "results.json").unlink()  # killed before its end: that alone is made again
-    assert results(train(world, tmp_path, extra)) == first
+    assert results(train(world, tmp_path, extra))["details"] == first["details"]
     before = {path: path.read_bytes() for path in tmp_path.glob("*.pt")}
     capsys.readouterr()
     train(world, tmp_path, extra)
@@ -636,7 +644,7 @@ def test_infer_gives_word_times_and_finds_a_base_that_was_moved(world, official_
     ("specaug=SpecAug", "specaug: expected one of , SpecAugLFR; got 'SpecAug'"),
     ("dataset_conf.ctc_tokenizer=char", "ctc_tokenizer: expected one of SenseVoiceTokenizer; got"),
     ("telephone_conf.codecs=mp3", "telephone_conf.codecs: mp3 is none of"),
-    ("data_mix=1.5", "data_mix and telephone_conf.packet_loss_rate are shares below 1"),
+    ("data_mix=1.5", "packet_loss_rate are shares below 1"),
     ("ctc_weight=0", "nothing trains: unfreeze a part, or give a loss"),
     ("detach_ctc_decoder=true ctc_decoder_conf.freeze=false", "no loss reaches audio_encoder"),
     ("audio_encoder_conf.num_blocks=9", "does not fit.*Missing key.*audio_encoder.encoders.2"),
@@ -711,3 +719,150 @@ def test_a_gradient_that_is_not_finite_is_never_saved(world, tmp_path, monkeypat
     with pytest.raises(model.UserError, match="step 1: the gradient is not finite"):
         train(world, tmp_path, extra)
     assert not (tmp_path / "last.pt").exists()
+
+
+# ---- silence and hotwords ---------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quiet(world):
+    """As `prepared`, with made-up silence, a row in which nobody speaks, and distractors."""
+    folder = world["folder"] / "quiet"
+    rows = rows_of(world["calls"].parent, world["calls"].name)
+    rows = [row | {"source": str(world["calls"].parent / row["source"])} for row in rows]
+    rows[2] |= {"target": "", "asr_hotwords": ["two"]}
+    model.save(folder.with_suffix(".jsonl"), rows)
+    names = ("zebra", "quartz", "violin", "copper", "marble", "walnut", "garden", "castle")
+    Path(f"{folder}.txt").write_text("\n".join(names))
+    extra = f"""llm=Qwen3-0.6b ctc_decoder_conf.freeze=false output_dir={folder} seed=0
+        train_data_set_list={folder}.jsonl telephone_conf.silence_share=0.4
+        telephone_conf.silence_clips=4
+        dataset_conf.prompt_conf.max_neg_hotwords_num=4 dataset_conf.batch_size_token_max=600
+        dataset_conf.prompt_conf.english_hotwords_list={folder}.txt"""
+    cfg = config(*world["stage1"], *extra.split())
+    parts = ft.load_for_training(cfg, CPU)
+    return world | {"cfg": cfg, "parts": parts, "data": ft.read_data(cfg, parts, print)}
+
+
+def test_silence_has_its_share_and_is_the_same_for_the_same_seed_and_epoch(quiet):
+    clips, cfg, parts = quiet["data"].train, quiet["cfg"], quiet["parts"]
+    made = [clip for clip in clips if clip.kind == "silence"]
+    assert len(made) == round(0.4 / 0.6 * 10) and len(clips) == 10 + len(made)
+    assert all(0.2 <= clip.seconds <= 20 and clip.silent and len(clip.ids) == 1 for clip in made)
+    data = ft.Clips(clips, parts.frontend, cfg, 0, parts.pools)
+    feats = [data.load(made[1], epoch)[1] for epoch in (0, 0, 1)]
+    assert torch.equal(feats[0], feats[1]) and not torch.equal(feats[0], feats[2])
+    for clip in made:
+        frames = data.load(clip, 0)[1]
+        assert torch.isfinite(frames).all() and len(frames) <= -(-clip.frames // 6) + 1
+    budget, most = ft.batch_limits(cfg)
+    for group in ft.epoch_groups(quiet["data"], cfg, 1, 0):
+        assert max(clips[n].length for n in group[0]) * len(group[0]) <= budget
+
+
+def test_every_kind_of_silence_is_made(monkeypatch):
+    for kind in ("digital", "comfort", "room", "clicks", *ft.TONES):
+        rng = random.Random(1)
+        first = functools.partial(lambda kind, items: kind if kind in items else items[0], kind)
+        monkeypatch.setattr(rng, "choice", first)
+        wave = ft.make_silence(2.0, rng)
+        assert wave.shape == (16000,) and float(wave.abs().max()) < 0.5
+        assert bool(wave.any()) is (kind != "digital")
+        spectrum = torch.fft.rfft(wave).abs()  # bins of 0.5 Hz
+        if kind in ft.TONES:
+            low, high = ft.TONES[kind][0][:2]
+            top = sorted(round(n / 2) for n in spectrum.topk(2).indices.tolist())
+            assert abs(top[0] - low) < 6 and abs(top[1] - high) < 6
+
+
+def test_a_pause_of_a_call_is_cut_where_nobody_speaks(monkeypatch):
+    import silero_vad
+
+    spans = [{"start": 1000, "end": 5000}, {"start": 12000, "end": 15000}]
+    monkeypatch.setattr(silero_vad, "get_speech_timestamps", lambda *rest, **more: spans)
+    wave = torch.arange(16000.0)
+    assert torch.equal(ft.longest_pause(wave, 8000), wave[5000:12000])
+    spans[0]["end"] = 11000
+    assert ft.longest_pause(wave[:15500], 8000) is None
+
+
+def test_an_empty_row_learns_the_end_of_turn_and_blanks(quiet):
+    clips, cfg, parts = quiet["data"].train, quiet["cfg"], quiet["parts"]
+    numbers = [n for n, clip in enumerate(clips) if clip.kind == "telephone"][1:3]
+    assert [clips[n].silent for n in numbers] == [False, True]
+    batch = ft.Clips(clips, parts.frontend, cfg, 0, parts.pools)[0, 0, [numbers]]
+    tuner, nano = ft.Finetune(parts, cfg).eval(), parts.nano
+    with torch.no_grad():
+        sums = tuner(batch.feats, batch)
+        log_probs, lens = nano.ctc_log_probs(*nano.encode(batch.feats, batch.lens))
+    spoken = torch.tensor([batch.clips[0].classes])
+    sizes = lens[:1], torch.tensor([spoken.shape[1]])
+    expected = F.ctc_loss(log_probs[0, : lens[0]][:, None], spoken, *sizes, nano.ctc.blank, "sum")
+    expected -= log_probs[1, : lens[1], nano.ctc.blank].sum()
+    torch.testing.assert_close(sums["ctc"], expected, rtol=1e-4, atol=1e-3)
+    stop = parts.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert batch.clips[1].ids == [stop] and sums["impossible"] == 0
+    labels = batch.labels(cfg)
+    assert labels["ctc"] == spoken.shape[1] + 1 and labels["ce"] == len(batch.clips[0].ids) + 1
+    dropped = changed(cfg, "dataset_conf.empty_targets=drop")
+    assert all(c.target or c.kind == "silence" for c in ft.read_data(dropped, parts, print).train)
+
+
+def test_distractors_are_drawn_for_seed_epoch_and_clip(quiet):
+    cfg, parts, clips = quiet["cfg"], quiet["parts"], quiet["data"].train
+    clip = next(clip for clip in clips if clip.prompt[0] == "one, two")
+    data = ft.Clips(clips, parts.frontend, cfg, 0, parts.pools)
+    shown = [data.load(clip, epoch)[0].prompt[0].split(", ") for epoch in range(60)]
+    assert shown == [data.load(clip, epoch)[0].prompt[0].split(", ") for epoch in range(60)]
+    words = [set(filter(None, names)) - {"one", "two"} for names in shown]
+    assert {len(part) for part in words} == {0, 1, 2, 3, 4}
+    said = model.normalize_text(clip.target)
+    assert all(word not in said for part in words for word in part)
+    alone = sum(not {"one", "two"} & set(names) for names in shown)
+    assert 3 <= alone <= 20 and len({tuple(names) for names in shown}) > 20  # shuffled, too
+    assert data.load(clip, -1)[0].prompt[0] == "one, two"  # validation as it is
+    positions = len(sum(ft.nano_prompt(parts.tokenizer, *data.load(clip, 5)[0].prompt), []))
+    assert positions <= len(sum(ft.nano_prompt(parts.tokenizer, *clip.prompt), [])) + parts.extra
+
+
+def test_distractors_come_from_the_lists_where_they_are_given(quiet):
+    assert len(quiet["parts"].pools[False]) == 8
+    own = "dataset_conf.prompt_conf.english_hotwords_list=null"
+    assert {"three", "one", "two"} <= set(ft.hotword_pools(changed(quiet["cfg"], own))[False])
+
+
+def test_the_table_tells_of_silence_hotwords_and_short_turns():
+    clip = functools.partial(ft.Clip, "k", "", None)
+    rows = [
+        (clip("one two", "telephone", ("", "", ""), 0.5), "one", "one two"),
+        (clip("three", "telephone", ("", "", ""), 2.0), "three four", "tree"),
+        (clip("", "silence", ("", "", ""), 30.0, silent=True), "oh no no", ""),
+        (clip("", "silence", ("Ada, Eve", "", ""), 15.0, silent=True), "Ada.", ""),
+        (clip("ask Ada now", "hotwords10", ("Ada, Eve", "", ""), 1.0), "ask Eve now", None),
+        (clip("Bob", "hotwords10", ("Bob", "", ""), 1.0), "bob", None),
+    ]
+    found = ft.details(rows)
+    assert found["telephone, LLM"]["rate"] == pytest.approx(2 / 3)
+    assert found["telephone, turns under 1 s, LLM"]["deletions"] == 1
+    assert found["telephone, 1 to 3 s, LLM"]["insertions"] == 1
+    assert "telephone, over 3 s, LLM" not in found
+    assert found["silence, words a minute, LLM"] == 6 and found["silence, words a minute, CTC"] == 0
+    assert found["silence with hotwords shown, words a minute, LLM"] == 4
+    assert found["said hotwords found, among 10 others, share"] == 0.5
+    assert found["hotwords written that nobody said, 10 others"] == 1
+
+
+def test_a_run_with_silence_and_distractors_resumes_to_the_bit(world, tmp_path):
+    extra = """llm=Qwen3-0.6b telephone_conf.silence_share=0.3 train_conf.max_steps=4
+        telephone_conf.silence_clips=4
+        dataset_conf.prompt_conf.max_neg_hotwords_num=3
+        dataset_conf.prompt_conf.min_neg_hotwords_num=1
+        train_conf.save_checkpoint_interval=2 train_conf.valid_clips=2"""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(world, whole, extra)
+    kill(3, world, killed, extra)
+    train(world, killed, extra)
+    assert model.hash_tensors(weights(whole)) == model.hash_tensors(weights(killed))
+    told = results(whole)["details"]
+    assert "silence, words a minute, LLM" in told["after"]
+    assert told == results(killed)["details"]
