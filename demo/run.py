@@ -208,7 +208,7 @@ def whisper_decoder(cfg, lines):
 # ---- telephone: finetune_encoder.py -----------------------------------------
 
 AUGMENT = ["specaug=SpecAugLFR", "telephone_conf.prob=0.5", "telephone_conf.packet_loss_prob=0.3",
-           "dataset_conf.speed_perturb=0.9,1.0,1.1", "telephone_conf.silence_share=0.1"]  # fmt: skip
+           "telephone_conf.silence_share=0.1", "dataset_conf.speed_perturb=0.9,1,1.1"]  # fmt: skip
 
 
 def telephone(cfg):
