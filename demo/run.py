@@ -94,7 +94,7 @@ def transcribe(cfg, name, folder, inputs, *arguments):
 
 def rate(lines, kind="text"):
     """WER, its standard error (1000 resamplings of clips), and WER by the field's normaliser."""
-    from infer import field_normalizer
+    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
     pairs, rng = [(line["target"], line[kind]) for line in lines], random.Random(0)
     each = [model.error_rate([target], [text]) for target, text in pairs]
@@ -102,7 +102,7 @@ def rate(lines, kind="text"):
     for _ in range(1000):
         part = rng.choices(each, k=len(each))
         found.append(sum(x["errors"] for x in part) / max(1, sum(x["units"] for x in part)))
-    field = model.error_rate(*zip(*pairs, strict=True), field_normalizer())["rate"]
+    field = model.error_rate(*zip(*pairs, strict=True), EnglishTextNormalizer({}))["rate"]
     total = sum(x["errors"] for x in each) / sum(x["units"] for x in each)
     return {"wer": total, "se": float(np.std(found)), "wer_field": field}
 

@@ -70,6 +70,15 @@ def test_the_readme_names_only_what_is_there():
         shlex.split(arguments)
 
 
+def test_the_demos_rates_are_those_of_infer():
+    from demo import run
+
+    lines = [{"target": "five six", "text": "5 six"}, {"target": "seven", "text": "seven"}] * 20
+    found = run.rate(lines)
+    assert found["wer"] == pytest.approx(1 / 3) and found["wer_field"] == 0
+    assert found["se"] == pytest.approx(0.035, abs=0.01)  # of 40 clips
+
+
 def test_nothing_unsafe_is_loaded():
     for path in python_files():
         text = path.read_text(encoding="utf-8")
