@@ -1,10 +1,10 @@
-# make setup | test | lint | demo | demo-telephone | demo-steermoe | bench
+# make setup | test | torture | lint | demo | demo-telephone | demo-steermoe | bench
 # ARGS="key=value ..." goes to the script behind; SPEECH=folder/manifest.jsonl: your own speech
 PYTHON ?= python3
 PY := .venv/bin/python
 SPOKEN := $(if $(SPEECH),speech=$(SPEECH))
 
-.PHONY: setup test lint demo demo-telephone demo-steermoe bench
+.PHONY: setup test torture lint demo demo-telephone demo-steermoe bench
 
 setup: .venv/.done
 
@@ -15,6 +15,9 @@ setup: .venv/.done
 
 test: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile tests
+
+torture: setup
+	OMP_NUM_THREADS=1 $(PY) tests/torture.py $(ARGS)
 
 lint: setup
 	$(PY) -m ruff check .
