@@ -78,6 +78,8 @@ decode:
 translate: ""            # e.g. English: the same LLM, without LoRA, translates each segment
 vad:
   threshold_s: 30.0      # longer audio is cut into segments of at most this
+  always: false          # cut pauses out of shorter audio, too: a call of mere silence has no text
+  gate: false            # no text for a clip in which neither silero-vad nor CTC hears anything
 out: []                  # files by ending, commas between
 control:
   wrong_audio: false     # give each clip the speech of another text: errors must rise
@@ -114,6 +116,7 @@ class Clip:
     start: float
     end: float
     channel: int | None = None  # with data.channel=split
+    voiced: bool = True  # as silero-vad hears it; with vad.gate
     speech: torch.Tensor | None = None  # (K, D), what the LLM reads
     log_probs: torch.Tensor | None = None  # (S, C + 1) of the CTC head
     path: list | None = None  # CTC's best classes
@@ -217,9 +220,9 @@ def swap_speech(rows, seed):
 class Recordings(torch.utils.data.Dataset):
     """Number of a row -> Recording: read, cut at pauses where it is long, features."""
 
-    def __init__(self, rows, encoder, threshold_s, channel="mix"):
-        self.rows, self.encoder = rows, encoder
-        self.threshold_s, self.channel = threshold_s, channel
+    def __init__(self, rows, encoder, threshold_s, channel="mix", always=False, gate=False):
+        self.rows, self.encoder, self.channel = rows, encoder, channel
+        self.threshold_s, self.always, self.gate = threshold_s, always, gate
 
     def __getitem__(self, number):
         row, rate = self.rows[number], self.encoder.sample_rate
@@ -229,14 +232,17 @@ class Recordings(torch.utils.data.Dataset):
             split = len(wave) > 1
             for channel, part in enumerate(wave):
                 spans = [(0, len(part))]
-                if split or len(part) > self.threshold_s * rate:
+                if split or self.always or len(part) > self.threshold_s * rate:
                     spans = speech_spans(part, rate, self.threshold_s, 1.0 if split else math.inf)
                 pieces += [(first, end, channel if split else None) for first, end in spans]
             clips = []
             for n, (first, end, channel) in enumerate(sorted(pieces)):  # the speakers' turns
                 key = row["key"] if len(pieces) == 1 else f"{row['key']}#{n}"
                 feats = self.encoder.features(wave[channel or 0, first:end], key).numpy()
-                clips.append(Clip(row, feats, first / rate, end / rate, channel))
+                voiced = not self.gate or bool(
+                    speech_spans(wave[channel or 0, first:end], rate, 30.0)
+                )
+                clips.append(Clip(row, feats, first / rate, end / rate, channel, voiced))
             return Recording(row, clips, wave.shape[1] / rate)
         except model.AudioError as error:
             return Recording(row, [], 0.0, f"{identity(spoken(row))['source']}: {error}")
@@ -417,6 +423,9 @@ def build_prompts(clips, listener, cfg):
 
 def decode(clips, listener, cfg):
     """The text of each clip: the LLM's greedy answer, CTC's, or the best of several."""
+    clips = [clip for clip in clips if clip.voiced or clip.path]  # the others' text stays ""
+    if not clips:
+        return
     if listener.llm is None or cfg.decode.readout == "ctc":
         for clip in clips:
             clip.text = clip.ctc_text
@@ -768,7 +777,7 @@ def transcribe(rows, jsonl, listener, cfg, device, amp, rank, world):
     lengths = [header_seconds(row) for row in rows]
     batches = cut_batches(lengths, cfg.batch_s)[rank::world]
     loader = torch.utils.data.DataLoader(
-        Recordings(rows, listener.encoder, cfg.vad.threshold_s, cfg.data.channel),
+        Recordings(rows, listener.encoder, channel=cfg.data.channel, **cfg.vad),
         batch_sampler=batches, collate_fn=list, num_workers=cfg.workers,
         multiprocessing_context="fork" if cfg.workers else None,
     )  # fmt: skip

@@ -563,6 +563,24 @@ def aligned(tokenizer, said, text, positions=40):
     return list(clip.words)
 
 
+def test_where_nobody_speaks_there_is_no_text(world, outcome, tmp_path, monkeypatch):
+    monkeypatch.setattr(infer, "speech_spans", lambda *rest: [])
+    found = lines_of(world, tmp_path, "vad.always=true")
+    assert all(line["text"] == "" and line["segments"] == [] for line in found.values())
+    gated = lines_of(world, tmp_path, "vad.gate=true", name="y")
+    assert texts(gated) == texts(outcome)  # CTC hears something in all of them
+    real = infer.encode
+
+    def deaf(clips, *rest):
+        real(clips, *rest)
+        for clip in clips[:1]:
+            clip.path = []
+
+    monkeypatch.setattr(infer, "encode", deaf)
+    silent = lines_of(world, tmp_path, "vad.gate=true", "batch_s=0", name="z")
+    assert all(line["text"] == "" and line["segments"] for line in silent.values())
+
+
 def test_words_are_placed_where_ctc_hears_them():
     tokenizer = make_twins.tiny_tokenizer()
     words = aligned(tokenizer, "one two three", "one two three")
