@@ -41,7 +41,7 @@ import infer  # noqa: E402, F401
 import train_steermoe  # noqa: E402, F401
 
 KILLS, IN_SAVE, SEED = 20, 5, 0  # at least so many kills, so many of them inside a save
-TIMES = r'"(spent|audio_s_per_s|elapsed_s|rtf)": [^,}]+'
+TIMES = r'"(spent|audio_s_per_s|elapsed_s|rtf|seconds|gib)": [^,}]+|[0-9.]+ (s|GiB)\b'  # and memory
 PHASE = """cache.dir={work}/precompute/whole/run data.train={wavs} data.valid={wavs} workers=0
     llm.name={qwen3} adaptor.hidden_dim=32 adaptor.num_layers=1 adaptor.num_heads=4 adaptor.stack=2
     batch_clips=4 augment.time_masks=1 augment.feature_noise=0.1 loss.ctc_weight=0.3
