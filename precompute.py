@@ -250,13 +250,14 @@ def main(cfg):
         prefetch_factor=2 + cfg.cache.shard_clips // MESSAGE // workers if workers else None,
     )  # fmt: skip
     items = itertools.chain.from_iterable(loader)
-    items = iter(tqdm(items, total=len(pending), unit="clip", disable=rank != 0 or None))
-    n_dropped = 0
+    bar = tqdm(items, total=len(pending), unit="clip", disable=True if rank else None)
+    items, n_dropped, hours = iter(bar), 0, 0.0
     for path, shard in mine.items():
         read = list(itertools.islice(items, len(shard)))
         outputs, reasons = encode(shard, read, encoder, cfg, device, amp)
         save_shard(path, shard, read, outputs, reasons)
-        n_dropped += len(reasons)
+        n_dropped, hours = n_dropped + len(reasons), hours + sum(x[1] for x in read) / 3600
+        bar.set_postfix_str(f"{hours:.2f} h")
         if n_dropped > cfg.data.max_dropped:
             break
     if world > 1:
