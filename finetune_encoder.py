@@ -167,6 +167,7 @@ dataset_conf:            # lengths are 10 ms frames of audio and text tokens
   prompt_classes: MultiContextPrompt  # - the prompt is that of inference; FunASR's is another
   prompt_conf:
     <<: {use_hotwords: true, use_asr_hotwords: true}  # those of a clip's fields of these names
+    itn: true            # + false asks for numbers as they are spoken, as FunASR's inference does
     <<: {use_hist: false, use_one_pass_result: true}  # - inference has none
     <<: {min_neg_hotwords_num: 0, max_neg_hotwords_num: 0}  # drawn for a training clip, not said
     <<: {chinese_hotwords_list: null, english_hotwords_list: null}  # files; null: other clips' own
@@ -558,7 +559,7 @@ class FunASRNano(nn.Module):
 
 
 @functools.lru_cache(1024)
-def nano_prompt(tokenizer, hotwords="", language="", instruction=""):
+def nano_prompt(tokenizer, hotwords="", language="", instruction="", itn=True):
     """The prompt of FunASR's inference, as (before, after) token ids around the audio.
 
     FunASR trains with another header; here training and inference share this.
@@ -567,18 +568,19 @@ def nano_prompt(tokenizer, hotwords="", language="", instruction=""):
     if names := ", ".join(model.as_list(hotwords)):
         text = "请结合上下文信息，更加准确地完成语音转写任务。如果没有相关信息，我们会留空。\n\n\n"
         text += f"**上下文信息：**\n\n\n热词列表：[{names}]\n"
-    text += instruction or (f"语音转写成{language}：" if language else "语音转写：")
+    asked = "语音转写" + f"成{language}" * bool(language) + "，不进行文本规整" * (not itn)
+    text += instruction or f"{asked}："
     system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     text = model.mark_special(tokenizer, text)
     halves = f"{system}<|im_start|>user\n{text}", "<|im_end|>\n<|im_start|>assistant\n"
     return tuple(model.turn_to_ids(tokenizer, half) for half in halves)
 
 
-def row_prompt(row, fields=("hotwords", "asr_hotwords")):
-    """Hotwords, language and instruction of a manifest's row, as nano_prompt takes them."""
+def row_prompt(row, fields=("hotwords", "asr_hotwords"), itn=True):
+    """Hotwords, language, instruction and itn of a manifest's row, as nano_prompt takes them."""
     names = {"zh": "中文", "en": "英文", "ja": "日文", "auto": ""}  # as FunASR writes them
     hotwords, language = [row[f] for f in fields if row.get(f)], row.get("language") or ""
-    return ", ".join(hotwords), names.get(language, language), row.get("prompt") or ""
+    return ", ".join(hotwords), names.get(language, language), row.get("prompt") or "", itn
 
 
 # ---- loading ----------------------------------------------------------------
@@ -745,7 +747,7 @@ class Clip:
     place: tuple | None  # (manifest, number of its row); None: silence that is made up
     target: str
     kind: str  # of SETS, silence, or hotwords among so many DISTRACTORS
-    prompt: tuple  # hotwords, language, instruction: of nano_prompt
+    prompt: tuple  # hotwords, language, instruction, itn: of nano_prompt
     seconds: float = 0.0  # 0 where it cannot be read
     frames: int = 0  # of 10 ms
     ids: list = ()  # labels of the LLM, its end of turn included
@@ -779,7 +781,8 @@ def read_clips(specs, kind, cfg, parts, training):
     for rows, number, row in list_rows(specs, cfg):
         source, target = row.get("source") or row["where"], (row["target"] or "").strip()
         fields = ("hotwords", "asr_hotwords")
-        prompt = row_prompt(row, [name for name in fields if conf.prompt_conf[f"use_{name}"]])
+        fields = [name for name in fields if conf.prompt_conf[f"use_{name}"]]
+        prompt = row_prompt(row, fields, conf.prompt_conf.itn)
         clip = Clip(row["key"], source, (rows, number), target, kind, prompt, row["seconds"])
         clip.reason = row["reason"]
         clips.append(clip)
@@ -816,13 +819,14 @@ def silence_clips(count, cfg, parts, hotwords=0):
     """Made-up clips of 0.2 to 20 s; `hotwords` in the prompt of every other one."""
     rng, clips, tokenizer = random.Random(f"{cfg.seed} silence {count}"), [], parts.tokenizer
     stop = tokenizer and tokenizer("<|im_end|>", add_special_tokens=False)["input_ids"]
+    rest = ("", "", cfg.dataset_conf.prompt_conf.itn)
     longest = min(20.0, batch_limits(cfg)[0] / 200, cfg.dataset_conf.max_token_length / 110)
     for n in range(count):
         seconds = math.exp(rng.uniform(math.log(0.2), math.log(longest)))
-        clip = Clip(f"silence-{n}", "", None, "", "silence", ("", "", ""), seconds, silent=True)
+        clip = Clip(f"silence-{n}", "", None, "", "silence", ("", *rest), seconds, silent=True)
         clip.frames, clip.ids = model.fbank_frames(round(seconds * 16000)), stop or ()
         if hotwords and n % 2:
-            clip.prompt = draw_hotwords(clip, parts.pools, hotwords, rng), "", ""
+            clip.prompt = draw_hotwords(clip, parts.pools, hotwords, rng), *rest
         clip.length = clip.frames + len(clip.ids)
         if tokenizer:
             prompt = sum(map(len, nano_prompt(tokenizer, *clip.prompt))) + parts.extra
@@ -1507,7 +1511,9 @@ def load_listener(folder, cfg, device, dtype):
 
     def prompt(row):
         given = {"hotwords": cfg.hotwords, "language": cfg.language, "prompt": cfg.prompt}
-        return nano_prompt(tokenizer, *row_prompt(row | {k: v for k, v in given.items() if v}))
+        row = row | {key: value for key, value in given.items() if value}
+        itn = conf.get("dataset_conf", {}).get("prompt_conf", {}).get("itn", True)
+        return nano_prompt(tokenizer, *row_prompt(row, itn=itn))
 
     def spell(text):
         found, known, classes = [], "", ctc.encode(text)

@@ -197,7 +197,7 @@ ELSEWHERE = """output_dir train_conf.resume dataset_conf.retry dataset_conf.ctc_
     telephone_conf.silence_clips
     dataset_conf.prompt_conf.use_asr_hotwords dataset_conf.prompt_conf.min_neg_hotwords_num
     dataset_conf.prompt_conf.max_neg_hotwords_num dataset_conf.prompt_conf.chinese_hotwords_list
-    dataset_conf.prompt_conf.english_hotwords_list"""
+    dataset_conf.prompt_conf.english_hotwords_list dataset_conf.prompt_conf.itn"""
 
 
 def test_every_key_is_read_or_answered():
@@ -366,6 +366,9 @@ def test_what_a_row_asks_for_reaches_the_prompt_and_is_counted(
     assert all(tokenizer.decode(ids) == "one <|im_end|> two<|im_end|>" for ids in targets)
     stripped = changed(cfg, "dataset_conf.strip_tags=true")
     assert ft.read_data(stripped, parts, print).train[0].target == "one  two"
+    spoken = ft.read_data(changed(cfg, "dataset_conf.prompt_conf.itn=false"), parts, print).train
+    text = tokenizer.decode(ft.nano_prompt(tokenizer, *spoken[1].prompt)[0])
+    assert text.endswith("语音转写成中文，不进行文本规整：")
 
 
 # ---- losses -----------------------------------------------------------------
