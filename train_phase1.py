@@ -352,8 +352,7 @@ def main(cfg):
     budget = cfg.batch_frames
 
     def groups_of(epoch):
-        rest = (budget, world, cfg.seed, epoch, cfg.batch_clips)
-        return model.length_batches(lengths, *rest)
+        return model.length_batches(lengths, budget, world, cfg.seed, epoch, cfg.batch_clips)
 
     total = cfg.optim.max_steps or cfg.optim.epochs * len(groups_of(0)) // cfg.optim.accum
     loader = iter(torch.utils.data.DataLoader(

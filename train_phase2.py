@@ -310,11 +310,10 @@ def main(cfg):
     check(cfg)
     device, dtype, rank, world = model.start(cfg.device, cfg.dtype)
     amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    folder, cache, lora = Path(cfg.run.dir), model.EncoderCache(cfg.cache.dir), None
+    folder, cache, conf = Path(cfg.run.dir), model.EncoderCache(cfg.cache.dir), cfg.llm.lora
     torch.manual_seed(cfg.seed)
-    if cfg.llm.lora.r:
-        lora = {"r": cfg.llm.lora.r, "lora_alpha": cfg.llm.lora.alpha}
-        lora |= {"lora_dropout": cfg.llm.lora.dropout, "target_modules": list(cfg.llm.lora.targets)}
+    lora = {"r": conf.r, "lora_alpha": conf.alpha, "lora_dropout": conf.dropout}
+    lora = lora | {"target_modules": list(conf.targets)} if conf.r else None
     llm, tokenizer = model.load_llm(cfg.llm.name, dtype, device, lora)
     identity = {"encoder": cache.encoder, "llm": llm.identity}
     settings = identity["adaptor"] = adaptor_settings(cfg, identity)
@@ -353,8 +352,7 @@ def main(cfg):
     budget = cfg.batch_tokens
 
     def groups_of(epoch):
-        rest = (budget, world, cfg.seed, epoch, cfg.batch_clips)
-        return model.length_batches(lengths, *rest)
+        return model.length_batches(lengths, budget, world, cfg.seed, epoch, cfg.batch_clips)
 
     total = cfg.optim.max_steps or cfg.optim.epochs * len(groups_of(0)) // cfg.optim.accum
     loader = iter(torch.utils.data.DataLoader(
