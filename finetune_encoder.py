@@ -250,10 +250,12 @@ def check(cfg, say, verbose):
         cfg.data_mix, line.silence_share, *line.packet_loss_rate) < 1:  # fmt: skip
         names = "data_mix, telephone_conf.silence_share and telephone_conf.packet_loss_rate"
         raise model.UserError(f"{names} are shares below 1")
-    if cfg.dataset_conf.prompt_conf.min_neg_hotwords_num > most_distractors(cfg):
+    prompts = cfg.dataset_conf.prompt_conf
+    if prompts.min_neg_hotwords_num > prompts.max_neg_hotwords_num:
         raise model.UserError("prompt_conf: min_neg_hotwords_num is over max_neg_hotwords_num")
-    say("expect, as the guide says: a first loss of 2 to 3, 30 to 50 % lower at the end, the best "
-        "epoch between 5 and 15")  # fmt: skip
+    if verbose:
+        say("expect, as the guide says: a first loss of 2 to 3, 30 to 50 % lower at the end, the "
+            "best epoch between 5 and 15")  # fmt: skip
     if unknown := set(line.codecs) - set(CODECS):
         raise model.UserError(f"telephone_conf.codecs: {min(unknown)} is none of {list(CODECS)}")
     for minimum, section, names in (
@@ -327,14 +329,13 @@ def make_silence(seconds, rng):
 
 
 def longest_pause(wave, rate):
-    """The longest stretch of a call, 0.2 s at least, in which silero-vad hears nobody, or None."""
-    from silero_vad import get_speech_timestamps, load_silero_vad
+    """The longest stretch of a call, 0.2 s at least, in which silero-vad hears nobody, or None.
 
-    found = get_speech_timestamps(wave, load_silero_vad(), sampling_rate=rate)
-    ends = [0, *(span["end"] for span in found)]
-    starts = [*(span["start"] for span in found), len(wave)]
-    first, last = max(zip(ends, starts, strict=True), key=lambda pair: pair[1] - pair[0])
-    return wave[first:last] if last - first >= 0.2 * rate else None
+    Where it hears nobody at all it is not believed: the call may be a faint one.
+    """
+    edges = [0, *itertools.chain(*model.hear_speech(wave, rate)), len(wave)]
+    first, last = max(zip(edges[::2], edges[1::2], strict=True), key=lambda pair: pair[1] - pair[0])
+    return wave[first:last] if len(edges) > 2 and last - first >= 0.2 * rate else None
 
 
 # ---- Fun-ASR-Nano: front end, tokenizers, layers, prompt --------------------
@@ -699,7 +700,8 @@ def load_for_training(cfg, device):
     for part in out + blocks[:lowest]:
         model.freeze(part)
     shown = cfg.dataset_conf.prompt_conf.max_neg_hotwords_num
-    parts.pools, parts.extra = hotword_pools(cfg), 0
+    parts.pools = hotword_pools(cfg) if parts.tokenizer else {True: [], False: []}
+    parts.extra = 0
     if parts.tokenizer and shown:  # positions that the longest distractors may take
         words = [f", {word}" for pool in parts.pools.values() for word in pool]
         lengths = sorted(map(len, parts.tokenizer(words)["input_ids"])) if words else []
@@ -708,10 +710,6 @@ def load_for_training(cfg, device):
 
 
 # ---- data -------------------------------------------------------------------
-
-
-def most_distractors(cfg):
-    return cfg.dataset_conf.prompt_conf.max_neg_hotwords_num
 
 
 def hotword_pools(cfg):
@@ -786,8 +784,9 @@ def read_clips(specs, kind, cfg, parts, training):
         clip = Clip(row["key"], source, (rows, number), target, kind, prompt, row["seconds"])
         clip.reason = row["reason"]
         clips.append(clip)
-        # null is speech without a transcript, "" is silence
-        clip.silent = row["target"] == "" and conf.empty_targets == "keep"
+        # null, and all that only distillation hears, is speech without a transcript; "" is silence
+        untold = row["target"] is None or cfg.distill_weight and kind == "simulated"
+        clip.silent = not (target or untold) and conf.empty_targets == "keep"
         if tokenizer and (target or clip.silent):
             clip.ids = (tokenizer(target, **plain)["input_ids"] if target else []) + stop
         if parts.ctc_tokenizer:
@@ -945,6 +944,7 @@ class Clips(torch.utils.data.Dataset):
 
     def __init__(self, clips, frontend, cfg, rank, pools=None):
         self.clips, self.frontend, self.cfg, self.rank = clips, frontend, cfg, rank
+        self.calls = [clip.place for clip in clips if clip.kind == "telephone"]
         self.pools, self.quiet = pools, cfg.telephone_conf.copy()
         self.quiet.level_prob = self.quiet.noise_prob = 0.0  # of silence: it would be made loud
         stacked = isinstance(frontend, NanoFrontend)  # else Whisper's, which has 16 kHz anyway
@@ -1006,10 +1006,10 @@ class Clips(torch.utils.data.Dataset):
 
     def silence(self, clip, epoch, rng):
         """Made up and sent through the line, or a pause of one of the calls, which was there."""
-        rate, calls = self.frontend.sample_rate, [c for c in self.clips if c.kind == "telephone"]
-        if epoch >= 0 and calls and rng.random() < 0.3:
-            with_place = rng.choice(calls).place
-            pause = longest_pause(model.load_clip(with_place[0][with_place[1]], 8000), 8000)
+        rate = self.frontend.sample_rate
+        if epoch >= 0 and self.calls and rng.random() < 0.3:
+            rows, number = rng.choice(self.calls)
+            pause = longest_pause(model.load_clip(rows[number], 8000), 8000)
             if pause is not None:
                 return model.resample(pause[: round(8000 * clip.seconds)], 8000, rate)
         line = simulate_telephone(make_silence(clip.seconds, rng), self.quiet, rng)
@@ -1371,7 +1371,7 @@ def main(cfg, check_only=False):
     bar.close()
     spent += time.time() - started
     about = {"before": before, "steps": step, "seconds": spent}
-    finish(tuner, data, parts, run, kept, about, told, len(groups_of(0)))
+    finish(tuner, data, parts, run, kept, about, told, len(groups_of(0)) / conf.accum_grad)
     say(f"done: {step} steps, {spent:.0f} s -> {folder}")
 
 
@@ -1437,7 +1437,7 @@ def expected(folder, kept, epoch_steps):
     if not losses:
         return []
     lower = 100 * (1 - losses[-1] / losses[0])
-    epoch = -(-kept[0][1] // epoch_steps)
+    epoch = math.ceil(kept[0][1] / epoch_steps)
     return [f"first loss {losses[0]:.2f} (expected 2 to 3), {lower:.0f} % lower at the end (30 to "
             f"50), best in epoch {epoch} (5 to 15)"]  # fmt: skip
 

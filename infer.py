@@ -238,10 +238,9 @@ class Recordings(torch.utils.data.Dataset):
             clips = []
             for n, (first, end, channel) in enumerate(sorted(pieces)):  # the speakers' turns
                 key = row["key"] if len(pieces) == 1 else f"{row['key']}#{n}"
-                feats = self.encoder.features(wave[channel or 0, first:end], key).numpy()
-                voiced = not self.gate or bool(
-                    speech_spans(wave[channel or 0, first:end], rate, 30.0)
-                )
+                part = wave[channel or 0, first:end]
+                feats = self.encoder.features(part, key).numpy()
+                voiced = not self.gate or bool(speech_spans(part, rate, self.threshold_s))
                 clips.append(Clip(row, feats, first / rate, end / rate, channel, voiced))
             return Recording(row, clips, wave.shape[1] / rate)
         except model.AudioError as error:
@@ -249,18 +248,11 @@ class Recordings(torch.utils.data.Dataset):
 
 
 def speech_spans(wave, rate, max_s, pause_s=math.inf):
-    """Where silero-vad hears speech, neighbours joined up to max_s, but over no pause of pause_s:
-    [(first, end)] in samples."""
-    threads = torch.get_num_threads()
-    from silero_vad import get_speech_timestamps, load_silero_vad  # its weights lie in the package
-
-    torch.set_num_threads(threads)  # importing it sets 1 for the whole process
-    vad = load_silero_vad()
-    found = get_speech_timestamps(wave, vad, sampling_rate=rate, max_speech_duration_s=max_s)
+    """model.hear_speech, neighbours joined up to max_s, but over no pause of pause_s."""
     spans, limit = [], int(max_s * rate)
-    for span in found:
-        parts = -(-(span["end"] - span["start"]) // limit)  # over 1: nobody paused for so long
-        edges = np.linspace(span["start"], span["end"], parts + 1).astype(int).tolist()
+    for start, stop in model.hear_speech(wave, rate, max_s):
+        parts = -(-(stop - start) // limit)  # over 1: nobody paused for so long
+        edges = np.linspace(start, stop, parts + 1).astype(int).tolist()
         for first, end in itertools.pairwise(edges):
             if spans and end - spans[-1][0] <= limit and first - spans[-1][1] < pause_s * rate:
                 spans[-1] = (spans[-1][0], end)

@@ -659,6 +659,17 @@ def change_speed(wave, factor, rate):
     return wave if factor == 1.0 else resample(wave, round(rate * factor / 100) * 100, rate)
 
 
+def hear_speech(wave, rate, max_s=math.inf):
+    """Where silero-vad hears speech, in samples: [(first, end)], at most max_s if it can."""
+    threads = torch.get_num_threads()
+    from silero_vad import get_speech_timestamps, load_silero_vad  # its weights lie in the package
+
+    torch.set_num_threads(threads)  # importing it sets 1 for the whole process
+    vad = load_silero_vad()
+    found = get_speech_timestamps(wave, vad, sampling_rate=rate, max_speech_duration_s=max_s)
+    return [(span["start"], span["end"]) for span in found]
+
+
 # ---- features of SenseVoice and Fun-ASR-Nano --------------------------------
 
 LFR_M, LFR_N = 7, 6  # FunASR's low frame rate: 7 frames of 10 ms stacked every 6, so 60 ms a frame
@@ -1759,7 +1770,7 @@ def kaldi_rows(spec):
         if not source or source.endswith("|") or re.search(r"\.ark:\d+", source):
             raise UserError(f"{where}: a plain path expected, no pipe and no archive")
     for key, (where, rest) in (segments or wavs).items():
-        row, recording = {"key": key, "where": where, "target": texts.pop(key, ("", ""))[1]}, key
+        row, recording = {"key": key, "where": where, "target": texts.pop(key, ("", None))[1]}, key
         try:
             if segments:
                 recording, start, end = rest.split()
@@ -1776,12 +1787,12 @@ def kaldi_rows(spec):
 
 
 def aishell_rows(spec):
-    """AISHELL-1 as it unpacks; the few clips without a transcript have an empty target."""
+    """AISHELL-1 as it unpacks; the few clips without a transcript have no target."""
     folder, _, part = spec.rpartition(":")
     lines = read_lines(f"{folder}/{AISHELL_TEXT}")
     texts = {key: "".join(words) for key, *words in (line.split() for _, line in lines)}
     for path in sorted(Path(folder, "wav", part).glob("*/*.wav")):
-        row = {"key": path.stem, "source": str(path), "target": texts.get(path.stem, "")}
+        row = {"key": path.stem, "source": str(path), "target": texts.get(path.stem)}
         yield row | {"language": "zh", "where": str(path)}
 
 

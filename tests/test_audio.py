@@ -468,14 +468,14 @@ def test_kaldi_folder_joins_its_tables(tmp_path, capsys):
         return [tuple(row[name] for name in fields) for row in read(spec, tmp_path)]
 
     b, whole = str(tmp_path / "wavs/b.wav"), (None, None, None)
-    assert found() == [("b", b, "", *whole), ("a", "/data/a.wav", "", *whole)]
+    assert found() == [("b", b, None, *whole), ("a", "/data/a.wav", None, *whole)]
     kaldi(tmp_path, text="a hello  there; b; c nothing; d nothing")
-    rows = [("b", b, "", *whole), ("a", "/data/a.wav", "hello  there", *whole)]
+    rows = [("b", b, "", *whole), ("a", "/data/a.wav", "hello  there", *whole)]  # b: nobody speaks
     assert found() == found(tmp_path / "wav.scp") == rows
     assert "2 lines of `text` have no recording, c for one" in capsys.readouterr().err
     kaldi(tmp_path, segments="b-1 b 0.00 0.90; b-2 b 0.9 -1; a-1 a 5 6.5",
           reco2file_and_channel="b call B; a call 1", text="b-1 one two; a-1 three")  # fmt: skip
-    assert found() == [("b-1", b, "one two", 0.0, 0.9, "B"), ("b-2", b, "", 0.9, None, "B"),
+    assert found() == [("b-1", b, "one two", 0.0, 0.9, "B"), ("b-2", b, None, 0.9, None, "B"),
                        ("a-1", "/data/a.wav", "three", 5.0, 6.5, "A")]  # fmt: skip
 
 
@@ -521,7 +521,7 @@ def test_aishell_folder_joins_words_and_sees_a_new_transcript(tmp_path):
     text.write_text("BAC009S0002W0122 而 对 楼市\nBAC009S0002W0124 一线 城市\n", encoding="utf-8")
     one, two = read(f"{tmp_path}:train", tmp_path)
     assert (one["key"], one["target"], one["language"]) == ("BAC009S0002W0122", "而对楼市", "zh")
-    assert two["target"] == "" and two["source"].endswith("wav/train/S0002/BAC009S0002W0123.wav")
+    assert two["target"] is None and two["source"].endswith("wav/train/S0002/BAC009S0002W0123.wav")
     assert [row["target"] for row in read(f"{tmp_path}:test", tmp_path)] == ["一线城市"]
     text.write_text("BAC009S0002W0124 二线\n", encoding="utf-8")
     assert [row["target"] for row in read(f"{tmp_path}:test", tmp_path)] == ["二线"]

@@ -779,14 +779,14 @@ def test_every_kind_of_silence_is_made(monkeypatch):
 
 
 def test_a_pause_of_a_call_is_cut_where_nobody_speaks(monkeypatch):
-    import silero_vad
-
-    spans = [{"start": 1000, "end": 5000}, {"start": 12000, "end": 15000}]
-    monkeypatch.setattr(silero_vad, "get_speech_timestamps", lambda *rest, **more: spans)
+    spans = [(1000, 5000), (12000, 15000)]
+    monkeypatch.setattr(model, "hear_speech", lambda wave, rate: spans)
     wave = torch.arange(16000.0)
     assert torch.equal(ft.longest_pause(wave, 8000), wave[5000:12000])
-    spans[0]["end"] = 11000
+    spans[0] = 1000, 11000
     assert ft.longest_pause(wave[:15500], 8000) is None
+    spans.clear()  # nobody is heard: faint speech, maybe
+    assert ft.longest_pause(wave, 8000) is None
 
 
 def test_an_empty_row_learns_the_end_of_turn_and_blanks(quiet):
@@ -807,6 +807,14 @@ def test_an_empty_row_learns_the_end_of_turn_and_blanks(quiet):
     assert batch.clips[1].ids == [stop] and sums["impossible"] == 0
     labels = batch.labels(cfg)
     assert labels["ctc"] == spoken.shape[1] + 1 and labels["ce"] == len(batch.clips[0].ids) + 1
+    lists = f"train_data_set_list= telephone_conf.data_set_list={quiet['folder']}/quiet.jsonl"
+    untold = ft.read_data(changed(cfg, f"{lists} distill_weight=1"), parts, print).train
+    assert len(untold) > 9 and not any(clip.silent for clip in untold if clip.kind != "silence")
+    kaldi = quiet["folder"] / "kaldi"  # a recording without a line in `text`: not silence
+    kaldi.mkdir(exist_ok=True)
+    (kaldi / "wav.scp").write_text(f"a {quiet['calls'].parent}/utt000.wav\n")
+    (found,) = ft.read_clips([str(kaldi)], "telephone", cfg, parts, True)
+    assert not found.silent and found.reason == "no transcript"
     dropped = changed(cfg, "dataset_conf.empty_targets=drop")
     assert all(c.target or c.kind == "silence" for c in ft.read_data(dropped, parts, print).train)
 
