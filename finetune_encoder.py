@@ -50,7 +50,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchaudio
-import yaml
 from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -206,30 +205,10 @@ TONES = {  # Hz, and seconds on and off: of North America, and 450 Hz of China
 }  # fmt: skip
 
 
-def marked(mark):
-    """{dotted key: what stands behind the mark} of the keys that DEFAULTS marks so."""
-    found, sections = {}, []
-    for line in DEFAULTS.splitlines():
-        setting, _, comment = line.partition("# ")
-        name, _, value = setting.strip().partition(":")
-        sections[(len(line) - len(line.lstrip())) // 2 :] = [name]
-        if comment.startswith(mark):
-            names = yaml.safe_load(value) if name == "<<" else [name]
-            found |= {".".join([*sections[:-1], name]): comment[2:] for name in names}
-    return found
-
-
 def check(cfg, say, verbose):
     """Refuse what is not implemented or cannot work; say what changes nothing."""
-    default, line = OmegaConf.create(DEFAULTS), cfg.telephone_conf
-    for key, why in marked("-").items():
-        value = OmegaConf.select(cfg, key)
-        if verbose or value != OmegaConf.select(default, key):
-            say(f"note: {key}={value} changes nothing: {why}")
-    for key, why in marked("=").items():
-        value, only = OmegaConf.select(cfg, key), OmegaConf.select(default, key)
-        if value != only:
-            raise model.UserError(f"{key}: only {only!r} is implemented, got {value!r} {why}")
+    model.check_marked(cfg, DEFAULTS, say, verbose)
+    line = cfg.telephone_conf
     tokenizers = ("SenseVoiceTokenizer",)
     if cfg.audio_encoder != SANM:
         tokenizers = ("char", "word")

@@ -6,10 +6,11 @@
     python report.py aishell.jsonl                            # a page to read and listen
     torchrun --nproc_per_node N infer.py ...                  # shares the recordings out
 
-INPUT   audio and video files, folders (searched at any depth), manifests (as in training)
-Needs   model.dir: run.dir of train_phase2.py, train_steermoe.py or finetune_encoder.py,
-        Fun-ASR-Nano's own folder, or configs/published with the published adaptor beside its
-        config.json
+INPUT   audio and video files, folders (searched at any depth), manifests (as in training);
+        ONE+TWO: files that a model of train_salm.py hears together
+Needs   model.dir: run.dir of train_phase2.py, train_steermoe.py, train_salm.py or
+        finetune_encoder.py, Fun-ASR-Nano's own folder, or configs/published with the published
+        adaptor beside its config.json
 Output  by the endings in `out`; without, transcripts are printed
         .jsonl  a line as soon as a recording is done: key, source, text, duration_s, segments
                 (start, end, text, words, channel); ctc_text, encoder_text (SenseVoice's own CTC),
@@ -117,12 +118,13 @@ class Clip:
     end: float
     channel: int | None = None  # with data.channel=split
     voiced: bool = True  # as silero-vad hears it; with vad.gate
-    speech: torch.Tensor | None = None  # (K, D), what the LLM reads
+    more: tuple = ()  # feats of further recordings, heard together with this one
+    speech: list | None = None  # of each recording (K, D), what the LLM reads
     log_probs: torch.Tensor | None = None  # (S, C + 1) of the CTC head
     path: list | None = None  # CTC's best classes
     ctc_text: str | None = None
     encoder_text: str | None = None
-    prompt: tuple = ()
+    prompt: list = ()  # token ids, model.AUDIO in the place of each recording
     cap: int = 0
     draft: tuple = ()  # CTC's guess at the answer, in tokens
     text: str = ""
@@ -149,7 +151,11 @@ def list_rows(inputs, cache_dir, strip_tags=False):
     for name in inputs:
         path, folder = Path(name), name.rpartition(":")[0]
         tables = ("wav.scp", "**/*.parquet", "**/dataset_info.json") if path.is_dir() else ()
-        if path.is_file() and path.suffix not in MANIFESTS and path.name != "wav.scp":
+        parts = name.split("+")
+        if len(parts) > 1 and not path.exists() and all(map(os.path.isfile, parts)):
+            key = "+".join(escaped(Path(part).stem) for part in parts)
+            rows.append({"source": name, "key": key, "parts": parts, "recordings": len(parts)})
+        elif path.is_file() and path.suffix not in MANIFESTS and path.name != "wav.scp":
             rows.append({"source": name, "key": escaped(path.stem)})
         elif path.is_dir() and not any(next(path.glob(table), None) for table in tables):
             rows += list_folder(path)
@@ -227,6 +233,11 @@ class Recordings(torch.utils.data.Dataset):
     def __getitem__(self, number):
         row, rate = self.rows[number], self.encoder.sample_rate
         try:
+            if "parts" in row:
+                waves = [model.load_audio(part, rate) for part in row["parts"]]
+                first, *more = [self.encoder.features(wave).numpy() for wave in waves]
+                seconds = sum(map(len, waves)) / rate
+                return Recording(row, [Clip(row, first, 0.0, seconds, more=more)], seconds)
             wave = model.load_clip(spoken(row, True), rate, self.channel)  # (N,), or (channels, N)
             wave, pieces = wave if wave.dim() == 2 else wave[None], []
             split = len(wave) > 1
@@ -300,7 +311,7 @@ def load_listener(cfg, device, dtype):
     script = config.get("script")
     if script == "train_phase2" and config.get("format") == model.FORMAT:
         return load_adaptor_listener(folder, config, cfg, device, dtype)
-    if script not in ("train_steermoe", "finetune_encoder"):  # they bring a listener of their own
+    if script not in ("train_steermoe", "train_salm", "finetune_encoder"):  # they bring their own
         raise model.UserError(f"{folder}: made by an earlier layout, or not for infer.py")
     if not Path(__file__).with_name(f"{script}.py").is_file():
         raise model.UserError(f"{folder}: needs {script}.py beside infer.py")
@@ -386,12 +397,14 @@ def token_texts(ids, tokenizer):
 
 def encode(clips, listener, device):
     """Encoder, adaptor and CTC: fills speech, log_probs, path, ctc_text and encoder_text."""
-    lens = torch.tensor([len(clip.feats) for clip in clips])
-    feats = pad_sequence([torch.from_numpy(clip.feats) for clip in clips], batch_first=True)
+    each = [torch.from_numpy(feats) for clip in clips for feats in (clip.feats, *clip.more)]
+    lens, feats = torch.tensor([len(x) for x in each]), pad_sequence(each, batch_first=True)
     heard, own = listener.hear(feats.to(device), lens)  # of (B, T, F)
-    for n, clip in enumerate(clips):
+    places = iter(range(len(each)))
+    for n, clip in enumerate(clips):  # where CTC is read there are no further recordings
         if heard.speech is not None:
-            clip.speech = heard.speech[n, : heard.speech_lens[n]]
+            own_places = [next(places) for _ in (clip.feats, *clip.more)]
+            clip.speech = [heard.speech[k, : heard.speech_lens[k]] for k in own_places]
         if heard.paths is not None:
             clip.log_probs = heard.log_probs[n, : heard.lens[n]]
             clip.path, clip.ctc_text = heard.paths[n], listener.read_ctc(heard.paths[n])
@@ -403,14 +416,20 @@ def build_prompts(clips, listener, cfg):
     if listener.llm is None or cfg.decode.readout == "ctc":
         return
     for clip in clips:
-        clip.prompt = listener.prompt(clip.row)
+        clip.prompt = prompt_ids(listener, clip.row)
         # where the speech is CTC's, its head is trained and its count can be trusted
         ctc = getattr(listener, "ctc", None)  # over the LLM's tokens
-        counted = ctc is not None and len(clip.speech) == max(1, len(clip.path))
+        counted = ctc is not None and len(clip.speech[0]) == max(1, len(clip.path))
         tokens = len(clip.path) if counted else None
         clip.cap = model.token_cap(clip.end - clip.start, cfg.decode.tokens_per_s, tokens)
         if clip.ctc_text and cfg.decode.speculative:
             clip.draft = model.text_to_ids(listener.tokenizer, [clip.ctc_text])[0]
+
+
+def prompt_ids(listener, row):
+    """Token ids of a row's prompt, model.AUDIO in the place of each recording."""
+    prompt = listener.prompt(row)
+    return [*prompt[0], model.AUDIO, *prompt[1]] if isinstance(prompt, tuple) else prompt
 
 
 def decode(clips, listener, cfg):
@@ -444,10 +463,13 @@ def decode(clips, listener, cfg):
 
 
 def spliced(llm, clips, targets=None, pad_left=False):
-    speech = pad_sequence([clip.speech for clip in clips], batch_first=True)  # (B, K, D)
-    lens = torch.tensor([len(clip.speech) for clip in clips])
-    prompts = [clip.prompt for clip in clips]
-    return model.splice(llm.get_input_embeddings(), prompts, speech, lens, targets, pad_left)
+    each = [speech for clip in clips for speech in clip.speech]
+    lens, speech = torch.tensor([len(x) for x in each]), pad_sequence(each, batch_first=True)
+    targets, embed = targets or [[] for _ in clips], llm.get_input_embeddings()
+    pairs = [(clip.prompt, target) for clip, target in zip(clips, targets, strict=True)]
+    rows = [[*prompt, *target] for prompt, target in pairs]
+    labels = [[*[model.IGNORE] * len(prompt), *target] for prompt, target in pairs]
+    return model.splice_rows(embed, rows, speech, lens, labels, pad_left)
 
 
 def decode_drafted(llm, clips, stop_id):
@@ -741,8 +763,10 @@ def main(cfg):
         model.save(mark, about)
         done = [{line["key"] for line in lines}]
         if listener.llm is not None:
-            before, after = map(listener.tokenizer.decode, listener.prompt({}))
-            print(f"prompt: {before!r} SPEECH {after!r}")
+            ids = prompt_ids(listener, rows[0])
+            parts = [list(part) for _, part in itertools.groupby(ids, model.AUDIO.__eq__)]
+            parts = [repr(listener.tokenizer.decode(part)) for part in parts if part[0] >= 0]
+            print("prompt:", " SPEECH ".join(parts))
         print(
             f"{len(rows)} recordings, {len(lines)} of them done before | {listener.about} | "
             f"{device} {dtype} x {world}, torch {torch.__version__}", flush=True,

@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 FORMAT = 3  # of caches, checkpoints and config.json; others are refused
 IGNORE = -100  # label that cross-entropy skips, as in transformers
+AUDIO = -1  # among token ids: here stands a recording
 NULL = ("null", "~")  # YAML's
 AUDIO_MARK = "<|earshot-audio|>"  # stands for the audio in a chat template; never tokenised
 PLAIN_MARK = "\ue000"  # around text that only looks like a special token; never tokenised
@@ -63,21 +64,24 @@ class AudioError(UserError):
 def load_config(arguments, defaults, aliases=None, optional=()):
     """`[config.yaml] key=value ...` over the YAML text `defaults`; later ones win.
 
-    Keys may be nested or dotted, in files too; `--config FILE` and `++key=value` are taken. Where
-    the default is text, a value stays as typed.
+    Keys may be nested or dotted, in files too; `--config FILE` and `++key=value` are taken, `~key`
+    brings a default back. Where the default is text, a value stays as typed; where it is {}, any
+    keys may stand below.
     aliases   {another spelling: key}.  optional: sections that `null` switches off.
     Output  DictConfig, read as `cfg.optim.lr`; keys whose default is ??? were given.
     Raises  UserError naming file or argument, and the nearest key for one that is unknown.
     """
     config, aliases = OmegaConf.create(defaults), aliases or {}
     known, off = flatten(OmegaConf.to_container(config)), set()
+    free = tuple(f"{key}." for key, default in known.items() if default == {})  # names of all kinds
     try:
         for argument in arguments:
             if argument == "--config":
                 continue  # the file behind it is read as any other
             argument = argument.removeprefix("--config=").lstrip("+")
             key, equals, text = argument.partition("=")
-            if equals and not os.path.isfile(argument):  # Path.is_file refuses a long prompt
+            if (equals or key[:1] == "~") and not os.path.isfile(argument):
+                # Path.is_file would refuse a long prompt
                 where, given = f"argument {argument}", {key: text}
             else:
                 where, given = argument, flatten(read_yaml(argument), where=f"{argument}: ")
@@ -86,6 +90,10 @@ def load_config(arguments, defaults, aliases=None, optional=()):
                 off -= {section for section in off if key.startswith(f"{section}.")}
                 if key in optional and value in NULL:
                     off.add(key)
+                elif key.startswith("~") and key[1:] in known:
+                    OmegaConf.update(config, key[1:], known[key[1:]], merge=False)
+                elif key.startswith(free):
+                    OmegaConf.update(config, key, value, force_add=True)
                 elif key in known:
                     OmegaConf.update(config, key, convert(value, known[key], f"{where}: {key}"))
                 else:
@@ -176,6 +184,34 @@ def one_of(allowed, cfg, key):
     """UserError if the value of a dotted key is not among those allowed."""
     if (value := OmegaConf.select(cfg, key)) not in allowed:
         raise UserError(f"{key}: expected one of {', '.join(allowed)}; got {value!r}")
+
+
+def marked(defaults, mark):
+    """{dotted key: what stands behind the mark} of the keys whose comment in DEFAULTS has it."""
+    found, sections = {}, []
+    for line in defaults.splitlines():
+        setting, _, comment = line.partition("# ")
+        name, _, value = setting.strip().partition(":")
+        sections[(len(line) - len(line.lstrip())) // 2 :] = [name]
+        if comment.startswith(mark):
+            names = yaml.safe_load(value) if name == "<<" else [name]
+            found |= {".".join([*sections[:-1], name]): comment[2:] for name in names}
+    return found
+
+
+def check_marked(cfg, defaults, say, verbose, all_keys=False):
+    """Say which keys change nothing ("- why" in DEFAULTS): those given, with `verbose` all of them,
+    with `all_keys` what every key does. UserError where one of a single value ("=") has another."""
+    default, nothing = OmegaConf.create(defaults), marked(defaults, "-")
+    single = marked(defaults, "=")
+    for key, value in flatten(OmegaConf.to_container(cfg)).items():
+        usual = OmegaConf.select(default, key)
+        if key in nothing and (verbose or value != usual):
+            say(f"note: {key}={value} changes nothing: {nothing[key]}")
+        elif key in single and value != usual:
+            raise UserError(f"{key}: only {usual!r} is implemented, got {value!r} {single[key]}")
+        elif verbose and all_keys and key not in nothing:
+            say(f"{key}={value}{' is the only value' if key in single else ''}")
 
 
 def run_main(main, defaults, doc, batch_key="batch_size", **spelling):
@@ -773,6 +809,21 @@ def length_mask(lens, size, device=None):
     return (torch.arange(size) < lens[:, None]).to(device, non_blocking=True)
 
 
+def attention_window(size, left=-1, right=-1, style="regular", device=None):
+    """Bool mask (size, size): which frames j a frame i sees, left <= i - j and so on; -1: all.
+
+    style   regular, a band, which adds up over layers; chunked_limited: chunks of right + 1 frames
+            and as many before them as `left` holds, so that the look-ahead does not add up.
+    """
+    at = torch.arange(size, device=device)
+    if style == "chunked_limited" and right >= 0:
+        at, left, right = at // (right + 1), left if left < 0 else left // (right + 1), 0
+    behind = at[:, None] - at  # frames, or chunks, that j lies before i
+    seen = torch.ones_like(behind, dtype=torch.bool)
+    seen = seen & (behind <= left) if left >= 0 else seen
+    return seen & (behind >= -right) if right >= 0 else seen
+
+
 class SANMAttention(nn.Module):
     """Multi-head attention plus a memory: a depthwise convolution (FSMN) over the values."""
 
@@ -783,6 +834,7 @@ class SANMAttention(nn.Module):
         self.linear_out = nn.Linear(size, size)
         self.fsmn_block = nn.Conv1d(size, size, kernel_size, groups=size, bias=False)
         self.pads = (0, 0, (kernel_size - 1) // 2, kernel_size // 2)
+        self.window = ()  # of attention_window
 
     def forward(self, x, mask):  # x (B, T, C), mask (B, T)
         query, key, value = self.linear_q_k_v(x).chunk(3, dim=-1)  # each (B, T, W)
@@ -793,8 +845,11 @@ class SANMAttention(nn.Module):
         memory = F.conv2d(padded, weight, groups=padded.shape[1])[:, :, 0].transpose(1, 2)
         memory = F.dropout(memory + value * keep, self.dropout, self.training) * keep  # (B, T, W)
         split = [t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value)]
-        dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(*split, mask[:, None, None], dropout)
+        dropout, seen = self.dropout if self.training else 0.0, mask[:, None, None]  # (B, 1, 1, T)
+        if self.window:  # what lies past the end sees itself: a row without any would be NaN
+            seen = seen & attention_window(x.shape[1], *self.window, device=x.device)
+            seen = seen | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+        attended = F.scaled_dot_product_attention(*split, seen, dropout)
         return self.linear_out(attended.transpose(1, 2).flatten(2)) + memory
 
 
@@ -884,6 +939,46 @@ def stay_in_eval(module, mode=True):
         if name.endswith("lora_dropout"):
             nn.Module.train(part, mode)
     return module
+
+
+def freeze_by_name(module, patterns, keep=()):
+    """Freeze the parameters whose names a regular expression matches from their start, unless one
+    of `keep` does; parts that are frozen as a whole stay in eval for good. All else trains.
+
+    Names are those without PEFT's `base_layer`; NeMo's `llm.layers` and `embed_tokens` are known.
+    Raises  UserError for a pattern that matches nothing, with the nearest names.
+    """
+    for part in module.modules():
+        part.__dict__.pop("train", None)  # of an earlier `freeze`
+    named = {"perception.preprocessor.featurizer.fb": None}  # NeMo's, which has no weights here
+    named |= {n.replace(".base_layer.", "."): p for n, p in module.named_parameters()}
+    module.requires_grad_(True)
+
+    def matches(name, expressions):
+        names = name, re.sub(r"^llm\.model\.(?=layers|embed)", "llm.", name)
+        return any(re.match(e, n.removeprefix("llm.") if e.startswith("^embed") else n)
+                   for e in expressions for n in names)  # fmt: skip
+
+    for pattern in (*patterns, *keep):
+        if not any(matches(name, [pattern]) for name in named):
+            nearest = difflib.get_close_matches(re.sub(r"[\\^$+*]", "", pattern), named, 3, 0.0)
+            raise UserError(f"freeze_params: {pattern} matches nothing; nearest: {nearest}")
+    for name, parameter in named.items():
+        if parameter is not None and matches(name, patterns) and not matches(name, keep):
+            parameter.requires_grad_(False)
+
+    def settle(part):
+        own = [p for name, p in part.named_parameters() if "lora_" not in name]
+        if own and not any(p.requires_grad for p in own):
+            lora = [p for name, p in part.named_parameters() if p.requires_grad]
+            freeze(part)
+            for p in lora:
+                p.requires_grad_(True)
+        else:
+            for child in part.children():
+                settle(child)
+
+    settle(module.train())
 
 
 def find_model(name):
@@ -1091,6 +1186,29 @@ class ParakeetEncoder(SpeechEncoder):
         return self.net(feats, attention_mask=mask).last_hidden_state, self.out_lens(lens)
 
 
+def set_attention_window(encoder, left, right):
+    """Let every layer of an encoder attend to so many frames only; -1: all. Convolutions (SANM's
+    memory, Parakeet's) still see their neighbours."""
+
+    def narrow(layer, args, kwargs):
+        x = args[0] if args else kwargs["hidden_states"]
+        own = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        seen = attention_window(x.shape[1], left, right, device=x.device)[None, None]
+        if own is not None:  # a row of padding that sees nothing would be NaN, but for Parakeet's
+            alone = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+            seen = seen & own | alone & own.any(-1, keepdim=True)
+        if len(args) > 1:
+            return (args[0], seen, *args[2:]), kwargs
+        return args, kwargs | {"attention_mask": seen}
+
+    encoder.identity |= {"att_context_size": [left, right]}
+    for layer in encoder.layers:
+        if isinstance(layer, SANMLayer):
+            layer.self_attn.window = left, right
+        else:
+            layer.register_forward_pre_hook(narrow, with_kwargs=True)
+
+
 def load_encoder(
     name, language="auto", text_norm="woitn", keep_query_frames=False, pad_to_30s=False
 ):
@@ -1172,6 +1290,143 @@ class AudioAdaptor(nn.Module):
         else:
             x = self.transformer(x, src_key_padding_mask=~mask)
         return self.norm(self.output_proj(x)).masked_fill(~mask[..., None], 0.0), emb_lens
+
+
+class ConformerAttention(nn.Module):
+    """Attention by content and by distance (arXiv:1901.02860); by content alone without `distance`
+    (of abs_pos)."""
+
+    def __init__(self, size, heads, dropout, relative):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        for name in ("linear_q", "linear_k", "linear_v", "linear_out"):
+            setattr(self, name, nn.Linear(size, size))
+        if relative:
+            self.linear_pos = nn.Linear(size, size, bias=False)
+            self.pos_bias_u = nn.Parameter(torch.zeros(heads, size // heads))
+            self.pos_bias_v = nn.Parameter(torch.zeros(heads, size // heads))
+
+    def forward(self, x, seen, distance):  # (B, T, D), (B, 1, T, T), (2 T - 1, D) or None
+        projected = self.linear_q(x), self.linear_k(x), self.linear_v(x)
+        query, key, value = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in projected)
+        bias = seen
+        if distance is not None:
+            far = self.linear_pos(distance).unflatten(-1, (self.heads, -1)).permute(1, 2, 0)
+            by_distance = (query + self.pos_bias_v[:, None]) @ far  # (B, H, T, 2 T - 1)
+            at = torch.arange(x.shape[1], device=x.device)
+            places = (x.shape[1] - 1 - at[:, None] + at).expand(*query.shape[:2], -1, -1)
+            bias = by_distance.gather(-1, places) / query.shape[-1] ** 0.5  # (B, H, T, T)
+            bias = bias.masked_fill(~seen, -math.inf)
+            query = query + self.pos_bias_u[:, None]
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(query, key, value, bias, dropout)
+        return self.linear_out(attended.transpose(1, 2).flatten(2))
+
+
+class ConformerConvolution(nn.Module):
+    """Gated depthwise convolution; its norm sees real frames only."""
+
+    def __init__(self, size, kernel, context, norm):
+        super().__init__()
+        left, right = [kernel // 2, (kernel - 1) // 2] if context is None else context
+        self.pads = left, right
+        self.pointwise_conv1 = nn.Conv1d(size, 2 * size, 1)
+        self.depthwise_conv = nn.Conv1d(size, size, kernel, groups=size)
+        self.batch_norm = nn.BatchNorm1d(size) if norm == "batch_norm" else nn.LayerNorm(size)
+        self.pointwise_conv2 = nn.Conv1d(size, size, 1)
+
+    def forward(self, x, mask, real):  # (B, T, D), (B, T), places of real frames in B * T
+        x = F.glu(self.pointwise_conv1(x.transpose(1, 2)), dim=1) * mask[:, None]
+        x = self.depthwise_conv(F.pad(x, self.pads)).transpose(1, 2)  # (B, T, D)
+        flat = self.batch_norm(x.flatten(0, 1)[real])
+        x = flat.new_zeros(len(x) * x.shape[1], x.shape[2]).index_copy(0, real, flat).view(x.shape)
+        return self.pointwise_conv2(F.silu(x).transpose(1, 2)).transpose(1, 2)
+
+
+class ConformerLayer(nn.Module):
+    def __init__(self, size, heads, hidden, relative, kernel, context, norm, dropout, dropout_att):
+        super().__init__()
+        for name in ("feed_forward1", "feed_forward2"):
+            linears = {"linear1": nn.Linear(size, hidden), "linear2": nn.Linear(hidden, size)}
+            setattr(self, name, nn.ModuleDict(linears))
+        for name in ("feed_forward1", "self_att", "conv", "feed_forward2", "out"):
+            setattr(self, f"norm_{name}", nn.LayerNorm(size))
+        self.self_attn = ConformerAttention(size, heads, dropout_att, relative)
+        self.conv, self.dropout = ConformerConvolution(size, kernel, context, norm), dropout
+
+    def forward(self, x, seen, distance, mask, real):
+        def drop(x):
+            return F.dropout(x, self.dropout, self.training)
+
+        def feed(part, x):
+            return drop(part["linear2"](drop(F.silu(part["linear1"](x)))))
+
+        x = x + 0.5 * feed(self.feed_forward1, self.norm_feed_forward1(x))
+        x = x + drop(self.self_attn(self.norm_self_att(x), seen, distance))
+        x = x + drop(self.conv(self.norm_conv(x), mask, real))
+        x = x + 0.5 * feed(self.feed_forward2, self.norm_feed_forward2(x))
+        return self.norm_out(x)
+
+
+class Conformer(nn.Module):
+    """NeMo's `ConformerEncoder` as an adapter of encoder frames, with its keys and its names.
+
+    Input   x (B, T, feat_in), lens (B,) on the CPU.
+    Output  (B, S, width), S = ceil(T / subsampling_factor), lens (B,). Rows past lens mean nothing;
+            padding never reaches a real one, batch_norm's statistics included.
+    Source  arXiv:2005.08100; layers equal to transformers' Parakeet's. Departs from NeMo where
+            subsampling_factor is over 1: neighbouring frames are stacked, a ragged tail padded.
+    """
+
+    def __init__(
+        self, feat_in, feat_out=-1, n_layers=2, d_model=512, subsampling_factor=1,
+        ff_expansion_factor=4, self_attention_model="rel_pos", n_heads=8, att_context_size=(-1, -1),
+        att_context_style="regular", xscaling=True, untie_biases=True, conv_kernel_size=9,
+        conv_norm_type="batch_norm", conv_context_size=None, dropout=0.0, dropout_pre_encoder=0.0,
+        dropout_emb=0.0, dropout_att=0.0,
+    ):  # fmt: skip
+        super().__init__()
+        relative, context = self_attention_model == "rel_pos", conv_context_size
+        context = [conv_kernel_size - 1, 0] if context == "causal" else context
+        if d_model % (2 * n_heads) or context and sum(context) + 1 != conv_kernel_size:
+            heads = f"d_model={d_model} over n_heads={n_heads} has to be even"
+            raise UserError(f"{heads}, conv_context_size={context} one less than conv_kernel_size")
+        self.stack, self.scale = subsampling_factor, d_model**0.5 if xscaling else 1.0
+        self.window = *att_context_size, att_context_style
+        self.drops = dropout_pre_encoder, dropout_emb
+        self.pre_encode = nn.ModuleDict({"out": nn.Linear(feat_in * self.stack, d_model)})
+        sizes = d_model, n_heads, ff_expansion_factor * d_model, relative, conv_kernel_size, context
+        rest = conv_norm_type, dropout, dropout_att
+        self.layers = nn.ModuleList([ConformerLayer(*sizes, *rest) for _ in range(n_layers)])
+        for layer in self.layers[1:] if relative and not untie_biases else ():
+            layer.self_attn.pos_bias_u = self.layers[0].self_attn.pos_bias_u
+            layer.self_attn.pos_bias_v = self.layers[0].self_attn.pos_bias_v
+        self.relative, self.width = relative, d_model if feat_out < 1 else feat_out
+        self.out_proj = nn.Linear(d_model, feat_out) if feat_out > 0 else nn.Identity()
+
+    def out_lens(self, lens):
+        return -(-lens // self.stack)
+
+    def forward(self, x, lens):
+        x = x.masked_fill(~length_mask(lens, x.shape[1], x.device)[..., None], 0.0)
+        x = F.pad(x, (0, 0, 0, -x.shape[1] % self.stack))
+        x = self.pre_encode["out"](x.reshape(len(x), -1, x.shape[2] * self.stack)) * self.scale
+        lens, size = self.out_lens(lens), x.shape[1]  # x (B, S, d_model)
+        at = torch.arange(size - 1, -size if self.relative else -1, -1, device=x.device)
+        at = at if self.relative else at.flip(0)
+        rates = torch.arange(0, x.shape[2], 2, device=x.device) / x.shape[2]
+        angles = at[:, None] * 10000.0**-rates
+        positions = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+        positions = F.dropout(positions.to(x.dtype), self.drops[1], self.training)
+        x = F.dropout(x if self.relative else x + positions, self.drops[0], self.training)
+        mask = length_mask(lens, size)
+        real = mask.flatten().nonzero()[:, 0].to(x.device, non_blocking=True)
+        mask = mask.to(x.device, non_blocking=True)
+        seen = attention_window(size, *self.window, device=x.device) & mask[:, None, None]
+        seen = seen | torch.eye(size, dtype=torch.bool, device=x.device)  # (B, 1, S, S)
+        for layer in self.layers:
+            x = layer(x, seen, positions if self.relative else None, mask, real)
+        return self.out_proj(x), lens
 
 
 def embedding_rms(table):
@@ -1411,25 +1666,41 @@ class Spliced:
 
 
 def splice(embed, prompts, emb, emb_lens, targets=None, pad_left=False):
-    """Put each clip's audio between the halves of its prompt, and its answer behind.
+    """splice_rows of one recording a row: between the halves of its prompt, its answer behind.
 
-    Input   embed: the LLM's input embedding; prompts: list of (before, after) id lists; emb
-            (B, S, D), emb_lens (B,) on the CPU; targets: list of id lists that end with the
-            end-of-turn token, or None to generate; pad_left: the padding stands in front.
+    Input   prompts: list of (before, after) id lists; targets: list of id lists that end with the
+            end-of-turn token, or None to generate; the rest as there.
     """
-    targets, lens = [[] for _ in prompts] if targets is None else targets, emb_lens.tolist()
-    if not len(prompts) == len(targets) == len(emb) == len(lens) or max(lens) > emb.shape[1]:
+    targets = [[] for _ in prompts] if targets is None else targets
+    if not len(prompts) == len(targets) == len(emb):
         counts = f"{len(prompts)} prompts, {len(targets)} targets, audio {tuple(emb.shape)}"
-        raise ValueError(f"splice: {counts}, lengths {lens}")
-    ids, labels, side = [], [], "left" if pad_left else "right"
-    for (before, after), n, target in zip(prompts, lens, targets, strict=True):
-        ids.append(torch.tensor([*before, *[-1] * n, *after, *target]))  # -1: audio
-        labels.append(torch.tensor([*[IGNORE] * (len(ids[-1]) - len(target)), *target]))
+        raise ValueError(f"splice: {counts}")
+    pairs = [*zip(prompts, targets, strict=True)]
+    rows = [[*before, AUDIO, *after, *target] for (before, after), target in pairs]
+    labels = [[*[IGNORE] * (len(row) - len(t)), *t] for row, t in zip(rows, targets, strict=True)]
+    return splice_rows(embed, rows, emb, emb_lens, labels, pad_left)
+
+
+def splice_rows(embed, rows, emb, emb_lens, labels=None, pad_left=False):
+    """LLM inputs of token ids among which recordings stand.
+
+    Input   embed: the LLM's input embedding; rows: list of id lists with AUDIO in the place of each
+            recording; emb (R, S, D), emb_lens (R,) on the CPU: the recordings of all rows in their
+            order; labels: of each row, as long as it; pad_left: the padding stands in front.
+    """
+    lens, side = iter(emb_lens.tolist()), "left" if pad_left else "right"
+    heard = sum(row.count(AUDIO) for row in rows)
+    if not heard == len(emb) == len(emb_lens) or max(emb_lens, default=0) > emb.shape[1]:
+        raise ValueError(f"splice: {rows} for audio {tuple(emb.shape)}, lengths {emb_lens}")
+    spread = [torch.tensor([next(lens) if i == AUDIO else 1 for i in row]) for row in rows]
+    wide = [torch.tensor(row).repeat_interleave(n) for row, n in zip(rows, spread, strict=True)]
+    labels = labels or [[IGNORE] * len(row) for row in rows]
+    labels = [torch.tensor(x).repeat_interleave(n) for x, n in zip(labels, spread, strict=True)]
     # all is laid out on the CPU: a GPU is handed a few tensors, not a few for every row
-    ids = pad_sequence(ids, True, IGNORE, side)  # (B, L)
+    ids = pad_sequence(wide, True, IGNORE, side)  # (B, L)
     labels = pad_sequence(labels, True, IGNORE, side)
-    source = length_mask(emb_lens, emb.shape[1]).flatten().nonzero()[:, 0]  # in (B * S, D)
-    places = (ids.flatten() == -1).nonzero()[:, 0]  # in (B * L, D)
+    source = length_mask(emb_lens, emb.shape[1]).flatten().nonzero()[:, 0]  # in (R * S, D)
+    places = (ids.flatten() == AUDIO).nonzero()[:, 0]  # in (B * L, D)
     laid_out = ids.clamp(min=0), (ids != IGNORE).long(), source, places
     ids, mask, source, places = (x.to(emb.device, non_blocking=True) for x in laid_out)
     words = embed(ids) * mask[..., None]  # (B, L, D)
@@ -1448,17 +1719,22 @@ def hidden_states(llm, embeds):
     return llm.model(inputs_embeds=embeds, cache=cache, use_cache=True).last_hidden_state
 
 
-def transcript_loss(llm, spliced, label_smoothing=0.0):
-    """Cross-entropy of the labels through the LLM, with logits on label positions only.
-
-    Output  sum of the CE in nats, number of label tokens, number of them predicted right.
-    """
+def label_logits(llm, spliced):
+    """Logits of right-padded rows on label positions only, (label tokens, V) fp32, and labels."""
     labels, device = spliced.labels[:, 1:], spliced.embeds.device  # position l predicts l + 1
     row, column = (labels != IGNORE).nonzero(as_tuple=True)
     places = (row * spliced.embeds.shape[1] + column).to(device, non_blocking=True)
     target = labels[row, column].to(device, non_blocking=True)
     hidden = hidden_states(llm, spliced.embeds).flatten(0, 1)[places]  # (label tokens, D)
-    logits = llm.lm_head(hidden).float()
+    return llm.lm_head(hidden).float(), target
+
+
+def transcript_loss(llm, spliced, label_smoothing=0.0):
+    """Cross-entropy of the labels through the LLM.
+
+    Output  sum of the CE in nats, number of label tokens, number of them predicted right.
+    """
+    logits, target = label_logits(llm, spliced)
     loss = F.cross_entropy(logits, target, reduction="sum", label_smoothing=label_smoothing)
     return loss, len(target), (logits.argmax(-1) == target).sum()
 

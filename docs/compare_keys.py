@@ -34,8 +34,10 @@ def shown(value):
 def main(paths):
     defaults = model.flatten(OmegaConf.to_container(OmegaConf.create(ft.DEFAULTS)))
     written = {path: model.flatten(model.read_yaml(path)) for path in paths}
-    notes = {key: f"changes nothing: {why}" for key, why in ft.marked("-").items()}
-    notes |= {key: f"only this value {why}".strip() for key, why in ft.marked("=").items()}
+    notes = {key: f"changes nothing: {why}" for key, why in model.marked(ft.DEFAULTS, "-").items()}
+    notes |= {
+        key: f"only this value {why}".strip() for key, why in model.marked(ft.DEFAULTS, "=").items()
+    }
     names = " | ".join(Path(path).stem for path in paths)
     lines = [f"| key | release | {names} | note |", f"|---|---|{'---|' * len(paths)}---|"]
     for key, default in defaults.items():

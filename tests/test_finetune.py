@@ -202,9 +202,9 @@ ELSEWHERE = """output_dir train_conf.resume dataset_conf.retry dataset_conf.ctc_
 
 def test_every_key_is_read_or_answered():
     acting = [pair.split("=")[0] for lines in EFFECTS.values() for pair in full_keys(lines)]
-    answered = [*ft.marked("-"), *ft.marked("=")]
+    answered = [*model.marked(ft.DEFAULTS, "-"), *model.marked(ft.DEFAULTS, "=")]
     assert sorted([*acting, *ELSEWHERE.split(), *answered]) == sorted(KNOWN)
-    assert all(ft.marked("-").values())
+    assert all(model.marked(ft.DEFAULTS, "-").values())
 
 
 def observe_load(cfg, world):
@@ -680,7 +680,7 @@ def test_check_goes_through_all_but_the_training(world, tmp_path, capsys):
                  f"the longest is {longest} ({seconds[longest]:.1f} s)"):  # fmt: skip
         assert line in said, line
     assert not (tmp_path / "r").exists()
-    for key, why in ft.marked("-").items():
+    for key, why in model.marked(ft.DEFAULTS, "-").items():
         assert f"note: {key}=" in said and why in said
 
 

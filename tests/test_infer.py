@@ -154,7 +154,7 @@ def test_llm_and_ctc_choose_together(world, outcome, tmp_path):
             for one in ids:
                 prompt = listener.prompt(row)
                 inputs = model.splice(listener.llm.get_input_embeddings(), [prompt],
-                                      clip.speech[None], torch.tensor([len(clip.speech)]),
+                                      clip.speech[0][None], torch.tensor([len(clip.speech[0])]),
                                       [[*one, listener.stop_id]])  # fmt: skip
                 losses.append(float(model.transcript_loss(listener.llm, inputs)[0]))
         if abs(losses[0] - losses[1]) > 1e-3:
