@@ -12,7 +12,7 @@ import pytest
 import model
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in ("model", "report"))
+SCRIPTS = sorted({path.stem for path in ROOT.glob("*.py")} - {"model", "report", "merge"})
 OF_CONFIG = {
     "precompute": "precompute", "phase1": "train_phase1", "phase2": "train_phase2",
     "infer": "infer", "stage1": "finetune_encoder", "telephone": "finetune_encoder",
@@ -21,8 +21,8 @@ OF_CONFIG = {
 }  # fmt: skip
 BUDGETS = {  # lines; tests/ and demo/ of all their files
     "model.py": 1980, "precompute.py": 300, "train_phase1.py": 455, "train_phase2.py": 480,
-    "infer.py": 865, "report.py": 150, "finetune_encoder.py": 1550, "train_steermoe.py": 840,
-    "bench": 550, "demo": 910, "tests": 5700, "README.md": 260,
+    "infer.py": 865, "report.py": 150, "finetune_encoder.py": 1600, "train_steermoe.py": 840,
+    "merge.py": 310, "bench": 550, "demo": 910, "tests": 5890, "README.md": 260,
 }  # fmt: skip
 
 
