@@ -10,7 +10,8 @@ Output  FOLDER for funasr's AutoModel: the base's files, the changes in model.pt
         beside: the CTC branch (ctc.safetensors). infer.py and a further run read both.
         README.md: the model card
 Equal   logits and answers of both layouts, as tests/test_fun_asr_nano.py shows, given the same
-        features and audio positions, which plain use of transformers does not give (see LOAD_HF)
+        features and audio positions, which plain use of transformers does not give (see LOAD_HF).
+        Of the log-mels of 60 recorded 8 kHz prompts it loses 10 % to its floor
 """
 
 import inspect
