@@ -95,7 +95,9 @@ from transformers import AutoProcessor, FunAsrNanoForConditionalGeneration
 
 folder = "THIS_FOLDER"
 processor = AutoProcessor.from_pretrained(folder)
-net = FunAsrNanoForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+# unless attention is named, the adaptor of transformers 5.24 hears the padding of a batch
+options = {{"dtype": torch.float32, "attn_implementation": "sdpa"}}
+net = FunAsrNanoForConditionalGeneration.from_pretrained(folder, **options)
 wave, rate = soundfile.read("call.wav", dtype="float32")
 print(transcribe(net, processor, wave, rate))
 ```
@@ -257,8 +259,9 @@ def measure(run, run_dir, folder):
         return None
     if not waves:
         return None
-    net = hub.FunAsrNanoForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    net, processor = net.eval().to(device), hub.AutoProcessor.from_pretrained(folder)
+    options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+    net = hub.FunAsrNanoForConditionalGeneration.from_pretrained(folder, **options).to(device)
+    processor = hub.AutoProcessor.from_pretrained(folder)
     targets, rates = [row["target"] for row in rows[:CLIPS]], []
     for plain in (False, True):
         texts = [transcribe(net, processor, wave, 16000, None, plain) for wave in waves]

@@ -341,7 +341,7 @@ def hub(world, official_folder, tmp_path_factory):
     ours.frontend.dither = 0.0
     model.freeze(ours.nano)
     load = FunAsrNanoForConditionalGeneration.from_pretrained
-    net, told = load(out, attn_implementation="eager", output_loading_info=True)
+    net, told = load(out, attn_implementation="sdpa", output_loading_info=True)
     assert not any(told.values()) and net.dtype == torch.float32
     rest = {"run": run, "out": out, "ours": ours, "net": net.eval()}
     return ft.SimpleNamespace(processor=AutoProcessor.from_pretrained(out), **rest)
@@ -377,6 +377,18 @@ def test_transformers_has_our_logits_on_the_same_features_and_positions(hub, cli
         found = net(inputs_embeds=embeds[:, places]).logits
         torch.testing.assert_close(found, our_logits(hub.ours, feats, True), atol=2e-4, rtol=0)
         assert (found[0, -1] - our_logits(hub.ours, feats, False)[0, -1]).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_padding_changes_nothing_in_transformers_where_attention_is_named(hub, clips):
+    feats = [hub.ours.frontend.features(model.load_audio(path, 16000)) for path in clips]
+    lens = torch.tensor([len(x) for x in feats])
+    batch, mask = pad_sequence(feats, batch_first=True), model.length_mask(lens, int(lens.max()))
+    found = hub.net.get_audio_features(batch, mask.long()).pooler_output.split(lens.tolist())
+    for theirs, one in zip(found, feats, strict=True):
+        speech = hub.ours.nano.encode(one[None], torch.tensor([len(one)]))
+        expected = hub.ours.nano.audio_adaptor(*speech)[0][0]
+        torch.testing.assert_close(theirs, expected, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ OF_CONFIG = {
 BUDGETS = {  # lines; tests/ and demo/ of all their files
     "model.py": 1980, "precompute.py": 300, "train_phase1.py": 455, "train_phase2.py": 480,
     "infer.py": 865, "report.py": 150, "finetune_encoder.py": 1600, "train_steermoe.py": 840,
-    "merge.py": 310, "bench": 550, "demo": 910, "tests": 5910, "README.md": 260,
+    "merge.py": 315, "bench": 550, "demo": 910, "tests": 5925, "README.md": 260,
 }  # fmt: skip
 
 
