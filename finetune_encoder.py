@@ -4,7 +4,7 @@
     python finetune_encoder.py configs/telephone_8k.yaml configs/telephone_8k_from_hub.yaml
     torchrun --nproc_per_node 4 finetune_encoder.py configs/stage1.yaml
     python finetune_encoder.py configs/stage1.yaml --check                  # all but the training
-    python finetune_encoder.py merge runs/stage1 Fun-ASR-Nano-2512/model.pt -o merged/
+    python finetune_encoder.py merge runs/stage1 Fun-ASR-Nano-2512/model.pt -o merged/ [--to hf]
 
 Loss    llm_weight x cross-entropy of the transcript through the LLM, smoothed by lsm_weight
         + ctc_weight x CTC, which reaches the encoder unless detach_ctc_decoder
@@ -12,7 +12,8 @@ Loss    llm_weight x cross-entropy of the transcript through the LLM, smoothed b
           the encoder that the run began with hears of the same speech, clean;
         each summed over the step of all processes and divided by its labels (or frames)
 Input   the released folder (model.pt, multilingual.tiktoken, Qwen3-0.6B/); or a Whisper, which
-        gets a CTC head over characters or words. Manifests, or FunASR's .list of .jsonl files
+        gets a CTC head over characters or words; or transformers' folder of Fun-ASR-Nano, which
+        has no CTC branch. Manifests, or FunASR's .list of .jsonl files
 Output  output_dir/trained.pt (what has changed: the better of the best checkpoint and the average)
         and config.json, for infer.py and `merge`; step-*.pt, avg.pt, last.pt to resume; table.md,
         results.json, worst.txt, curves.png, dropped.jsonl; metrics.jsonl and TensorBoard events
@@ -29,6 +30,7 @@ import base64
 import contextlib
 import copy
 import functools
+import importlib
 import io
 import itertools
 import json
@@ -36,7 +38,6 @@ import math
 import random
 import re
 import resource
-import shutil
 import sys
 import time
 from collections import Counter
@@ -62,7 +63,7 @@ DEFAULTS = """
 # The release's values. A key marked + is not FunASR's, - changes nothing, = has only this value.
 # `<<: {...}`, YAML's merge key, puts its keys into the section around it: several on one line.
 model: FunASRNano        # hub name or folder of the whole model, where init_param is null
-init_param: null         # model.pt, its folder, or + a run folder of this script to go on from
+init_param: null         # model.pt, its folder, or + transformers', or a run folder to go on from
 model_conf:
   lsm_weight: 0.1        # label smoothing of the cross-entropy
   length_normalized_loss: true  # losses per label; false: per clip
@@ -194,7 +195,16 @@ output_dir: ???
 
 SANM = "SenseVoiceEncoderSmall"
 CTC = ("ctc_decoder", "ctc")  # the branch that Hugging Face's model.pt lacks
+RENAMED = {  # the release's names of layers -> transformers'; hf_names has the encoder's blocks
+    "audio_adaptor.linear": "model.multi_modal_projector.linear_",
+    "audio_adaptor.blocks": "model.multi_modal_projector.layers",
+    "llm.model": "model.language_model", "llm.lm_head": "lm_head",
+    "linear_out": "o_proj", "linear_q.": "q_proj.", "linear_k.": "k_proj.", "linear_v.": "v_proj.",
+    "fsmn_block": "fsmn.conv", "feed_forward.w_": "mlp.fc",
+    "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
+}  # fmt: skip
 CODECS = {"mulaw": "ULAW", "alaw": "ALAW", "gsm": "GSM610"}  # libsndfile's names
+NOT_NANO = "not transformers' fun_asr_nano (5.24), or audio_encoder_conf has other sizes"
 SETS = ("telephone", "simulated", "clean")  # as it is, through the simulated line, clean speech
 DISTRACTORS = (0, 10, 100)  # hotwords that are not said beside those that are, in validation
 ONLY_DISTRACTORS = 0.2  # share of the training clips with hotwords that are shown only others
@@ -538,6 +548,11 @@ class FunASRNano(nn.Module):
         return heard
 
 
+CONTEXT = "请结合上下文信息，更加准确地完成语音转写任务。如果没有相关信息，我们会留空。\n\n\n"
+CONTEXT += "**上下文信息：**\n\n\n"
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+
+
 @functools.lru_cache(1024)
 def nano_prompt(tokenizer, hotwords="", language="", instruction="", itn=True):
     """The prompt of FunASR's inference, as (before, after) token ids around the audio.
@@ -546,13 +561,11 @@ def nano_prompt(tokenizer, hotwords="", language="", instruction="", itn=True):
     """
     text = ""
     if names := ", ".join(model.as_list(hotwords)):
-        text = "请结合上下文信息，更加准确地完成语音转写任务。如果没有相关信息，我们会留空。\n\n\n"
-        text += f"**上下文信息：**\n\n\n热词列表：[{names}]\n"
+        text = f"{CONTEXT}热词列表：[{names}]\n"
     asked = "语音转写" + f"成{language}" * bool(language) + "，不进行文本规整" * (not itn)
     text += instruction or f"{asked}："
-    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     text = model.mark_special(tokenizer, text)
-    halves = f"{system}<|im_start|>user\n{text}", "<|im_end|>\n<|im_start|>assistant\n"
+    halves = f"{SYSTEM}<|im_start|>user\n{text}", "<|im_end|>\n<|im_start|>assistant\n"
     return tuple(model.turn_to_ids(tokenizer, half) for half in halves)
 
 
@@ -582,20 +595,77 @@ def load_tensors(nano, weights, where):
     model.load_weights(nano, {k: v for k, v in weights.items() if k.split(".")[0] in parts}, where)
 
 
+def hf_names(name, conf):
+    """transformers' names for a tensor of the release: three for linear_q_k_v, else one.
+
+    It counts the encoder's blocks through, and gives two of them the norms that follow them.
+    """
+    part, stack, *rest = name.split(".")
+    if part == "audio_encoder":
+        blocks, tp_blocks = conf["num_blocks"], conf["tp_blocks"]
+        norms = {"after_norm": blocks - 1, "tp_norm": blocks + tp_blocks - 1}
+        first = {"encoders0": 0, "encoders": 1, "tp_encoders": blocks}
+        if stack in norms:
+            rest = [str(norms[stack]), "final_layernorm", *rest]
+        else:
+            rest[0] = str(first[stack] + int(rest[0]))
+        name = ".".join(["model.audio_tower.layers", *rest])
+    for ours, theirs in RENAMED.items():
+        name = name.replace(ours, theirs)
+    return [name.replace("linear_q_k_v", f"{x}_proj") for x in ("qkv" if "q_k_v" in name else "q")]
+
+
+def base_file(start):
+    """The file of a model's weights, in funasr's or transformers' folder; else `start` itself."""
+    paths = (Path(start) / name for name in ("model.pt", "model.safetensors"))
+    return next(filter(Path.is_file, paths), Path(start))
+
+
+def llm_folder(base, conf):
+    """Where the LLM's configuration and tokenizer lie: transformers has one folder for all."""
+    one = Path(base).suffix == ".safetensors"
+    return Path(base).parent / ("" if one else conf["llm_conf"]["init_param_path"])
+
+
+def read_base(path, conf):
+    """Tensors of a model.pt, or of transformers' model.safetensors by the release's names."""
+    if Path(path).suffix != ".safetensors":
+        return model.read_weights(path, mmap=True)
+    from safetensors.torch import load_file
+
+    with torch.device("meta"):  # for the names
+        encoder = model.SenseVoiceEncoder(**conf["audio_encoder_conf"])
+        speech = FunASRNano(encoder, FunASRTransformer(**conf["audio_adaptor_conf"])).state_dict()
+    with model.loading(Path(path).parent):
+        theirs, ctc = load_file(path), Path(path).with_name("ctc.safetensors")
+        found = load_file(ctc) if ctc.is_file() else {}
+    stem = "model.language_model."
+    theirs.setdefault("lm_head.weight", theirs.get(f"{stem}embed_tokens.weight"))  # tied
+    llm = [f"llm.model.{name.removeprefix(stem)}" for name in theirs if name.startswith(stem)]
+    for name in (*speech, *llm, "llm.lm_head.weight"):
+        pieces = [theirs.pop(n, None) for n in hf_names(name, conf["audio_encoder_conf"])]
+        if pieces[0] is None or pieces[-1] is None:
+            raise model.UserError(f"{path}: has no {name}; {NOT_NANO}")
+        found[name] = torch.cat(pieces) if pieces[1:] else pieces[0]
+    if theirs:
+        raise model.UserError(f"{path}: {min(theirs)} is not known; {NOT_NANO}")
+    return found
+
+
 def load_nano(parts, conf, llm_dtype, with_llm, with_ctc):
     """Fun-ASR-Nano of a model.pt. with_ctc: a file without CTC branch gets a random one."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    weights, folder = model.read_weights(parts.base, mmap=True), Path(parts.base).parent
+    weights, folder = read_base(parts.base, conf), Path(parts.base).parent
     nano = parts.nano = FunASRNano(model.SenseVoiceEncoder(**conf["audio_encoder_conf"]))
     parts.frontend = NanoFrontend(**conf["frontend_conf"])
     parts.base_hash = model.hash_tensors(weights)
     if with_llm:
-        path = folder / conf["llm_conf"]["init_param_path"]
+        path = llm_folder(parts.base, conf)
         if not (path / "config.json").is_file():
             raise model.UserError(f"{path}: no config.json of the LLM (llm_conf.init_param_path)")
         parts.tokenizer, config = model.load_tokenizer(path), AutoConfig.from_pretrained(path)
-        nano.llm = AutoModelForCausalLM.from_config(config, dtype=llm_dtype)
+        nano.llm = AutoModelForCausalLM.from_config(config.get_text_config(), dtype=llm_dtype)
         nano.audio_adaptor = FunASRTransformer(**conf["audio_adaptor_conf"])
         nano.low_rate = conf["audio_adaptor_conf"]["use_low_frame_rate"]
     parts.random_ctc = with_ctc and "ctc.ctc_lo.weight" not in weights
@@ -613,8 +683,9 @@ def load_parts(conf, start, llm_dtype, with_llm, with_ctc=False, texts=(), moved
     """Load a model, and what a run has changed in it.
 
     Input   conf: FunASR's sections, of config.yaml, of a run's config.json or of ours; start:
-            model.pt, a Whisper's name, or a run folder, whose base now lies at `moved`; llm_dtype:
-            of the LLM, all else is fp32; texts: whose symbols are Whisper's CTC classes.
+            model.pt, model.safetensors, a Whisper's name, or a run folder, whose base now lies at
+            `moved`; llm_dtype: of the LLM, all else is fp32; texts: whose symbols are Whisper's
+            CTC classes.
     Output  namespace: nano, frontend, tokenizer (of the LLM, or None), ctc_tokenizer (or None),
             random_ctc, base, base_hash, first (tensors of the run that it goes on from).
     """
@@ -651,7 +722,7 @@ def load_parts(conf, start, llm_dtype, with_llm, with_ctc=False, texts=(), moved
     return parts
 
 
-def load_for_training(cfg, device):
+def load_for_training(cfg, device, say=print):
     """Parts as the configuration asks for them, frozen for good where it says so."""
     lists = [*cfg.train_data_set_list, *cfg.telephone_conf.data_set_list, *cfg.clean_data_set_list]
     texts = (ctc_text(row["target"], cfg) for _, _, row in list_rows(lists, cfg))
@@ -660,12 +731,15 @@ def load_for_training(cfg, device):
         raise model.UserError("this GPU has no bf16: set llm_conf.llm_dtype=fp32")
     start = cfg.init_param or (cfg.audio_encoder != SANM and cfg.audio_encoder)
     start = Path(start or model.find_model(cfg.model))
-    start = start / "model.pt" if (start / "model.pt").is_file() else start
+    start = base_file(start) if cfg.audio_encoder == SANM else start
     llm = torch.bfloat16 if half else torch.float32, cfg.llm != "none"
     parts = load_parts(OmegaConf.to_container(cfg), start, *llm, cfg.ctc_weight > 0, texts)
     if parts.random_ctc and cfg.ctc_decoder_conf.freeze:
         said = "a frozen random one is noise: set ctc_decoder_conf.freeze=false"
         raise model.UserError(f"{parts.base}: has no CTC branch (ModelScope's has), and {said}")
+    if cfg.audio_encoder == SANM and (parts.random_ctc or parts.nano.ctc is None):
+        said = "a new one trains" if parts.random_ctc else "none trains"
+        say(f"{parts.base}: has no CTC branch (ModelScope's model.pt has), {said}")
     frozen = {name: cfg[f"{name}_conf"].freeze for name in ("audio_encoder", "audio_adaptor")}
     frozen |= dict.fromkeys(CTC, cfg.ctc_decoder_conf.freeze)
     frozen["llm"] = cfg.llm_conf.freeze and not cfg.llm_conf.use_lora  # LoRA has done it
@@ -1255,7 +1329,7 @@ def main(cfg, check_only=False):
     say = print if rank == 0 else lambda *_: None
     check(cfg, say, check_only)
     torch.manual_seed(cfg.seed)
-    parts = load_for_training(cfg, device)
+    parts = load_for_training(cfg, device, say)
     data = read_data(cfg, parts, say)
     tuner = Finetune(parts, cfg).to(device)
     check_losses(tuner, say)
@@ -1381,6 +1455,10 @@ def finish(tuner, data, parts, run, kept, about, told, epoch_steps):
     model.save(folder / "trained.pt", states[chosen])
     content = {"format": model.FORMAT, "script": "finetune_encoder", "base": parts.base}
     content |= {"base_hash": parts.base_hash, "conf": OmegaConf.to_container(cfg)}
+    hours = Counter()
+    for clip in data.train:
+        hours[clip.kind] += clip.seconds / 3600
+    content["hours"] = hours
     content |= {"ctc_symbols": parts.ctc_tokenizer and parts.ctc_tokenizer.symbols}
     model.save(folder / "config.json", content)
     after, rows = found[chosen]
@@ -1439,46 +1517,18 @@ def plot_curves(folder):
     model.save_atomic(folder / "curves.png", lambda file: figure.savefig(file, format="png"))
 
 
-# ---- back to FunASR, and on to infer.py -------------------------------------
-
-
-def merge(run_dir, model_pt, out):
-    """Write a folder that funasr's AutoModel loads: the base's files, the changes in model.pt."""
-    run, out = read_run(run_dir), Path(out)
-    if not run or run["conf"]["audio_encoder"] != SANM:
-        raise model.UserError(f"{run_dir}: no finished run on a Fun-ASR-Nano; give its output_dir")
-    if out.exists() and any(out.iterdir()):
-        raise model.UserError(f"{out}: is not empty; give another folder")
-    weights = dict(model.read_weights(model_pt, mmap=True))
-    trained = model.read_weights(Path(run_dir) / "trained.pt")
-    if (found := model.hash_tensors(weights)) != run["base_hash"]:
-        said = f"hash {found}, but {run_dir} was trained on {run['base_hash']}"
-        raise model.UserError(f"{model_pt}: {said}")
-    lora, front = run["conf"]["llm_conf"]["lora_conf"], run["conf"]["frontend_conf"]
-    scale = lora["lora_alpha"] / lora["r"]
-    for name, value in trained.items():
-        if ".lora_A." in name:  # W + alpha / r * B A, in the base's own dtype
-            target = f"{name.split('.lora_A.')[0]}.weight"
-            delta = scale * trained[name.replace(".lora_A.", ".lora_B.")] @ value
-            weights[target] = (weights[target].float() + delta).to(weights[target].dtype)
-        elif ".lora_B." not in name:
-            weights[name] = value  # fp32: bf16 would round small updates away
-    leave = shutil.ignore_patterns(Path(model_pt).name, ".git")
-    shutil.copytree(Path(model_pt).parent, out, ignore=leave, dirs_exist_ok=True)
-    weights = {name: value.clone() for name, value in weights.items()}  # no longer memory-mapped
-    model.save(out / "model.pt", weights)
-    print(f"{len(trained)} changed tensors in {len(weights)} -> {out}")
-    if front["fs"] == 8000:
-        said = "infer.py reads calls natively, from the run folder; funasr resamples them to 16 kHz"
-        print(said if front["mel_axis"] != "native" else f"set frontend_conf.fs: 8000 in {out}")
+# ---- on to infer.py, and back to FunASR and transformers (merge.py) ---------
 
 
 def load_listener(folder, cfg, device, dtype):
-    """infer.py's listener (see there) of a run folder, or of a released or merged folder."""
+    """infer.py's listener (see there) of a run folder, or of a released or merged folder, funasr's
+    or transformers'."""
     run, moved = read_run(folder), cfg.encoder.name if Path(cfg.encoder.name).exists() else ""
-    conf = run["conf"] if run else model.read_funasr(folder)[0]
+    path = folder / "config.yaml"  # the hub's folder of transformers has none, but its sizes
+    text = path.read_text(encoding="utf-8") if path.is_file() else DEFAULTS
+    conf = run["conf"] if run else OmegaConf.to_container(OmegaConf.create(text))
     with_llm = cfg.decode.readout != "ctc" and conf["llm"] != "none"
-    start = folder if run else folder / "model.pt"
+    start = folder if run else base_file(folder)
     parts = load_parts(conf, start, dtype, with_llm, moved=moved)
     nano, tokenizer, ctc = model.freeze(parts.nano).to(device), parts.tokenizer, parts.ctc_tokenizer
     if not with_llm and ctc is None:
@@ -1514,10 +1564,8 @@ def load_listener(folder, cfg, device, dtype):
 def command_line(arguments):
     """What to run, and load_config's arguments: training, --check or merge."""
     if arguments[:1] == ["merge"]:
-        if len(arguments) != 5 or arguments[3] != "-o":
-            sys.exit("error: expected merge RUN_DIR MODEL.pt -o FOLDER")
-        run_dir, model_pt, _, out = arguments[1:]
-        return lambda cfg: merge(run_dir, model_pt, out), [f"output_dir={out}"]
+        merge = importlib.import_module("merge")
+        return lambda cfg: merge.main(arguments[1:]), ["output_dir=merged"]
     rest = [argument for argument in arguments if argument != "--check"]
     return functools.partial(main, check_only=len(rest) < len(arguments)), rest
 

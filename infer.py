@@ -308,7 +308,8 @@ def load_listener(cfg, device, dtype):
             raise model.UserError(f"model.dir={folder}: no model there; give a training's run.dir")
         with model.loading(folder):
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    script = config.get("script")
+    hub = config.get("model_type") == "fun_asr_nano"  # transformers' folder of it
+    script = "finetune_encoder" if hub else config.get("script")
     if script == "train_phase2" and config.get("format") == model.FORMAT:
         return load_adaptor_listener(folder, config, cfg, device, dtype)
     if script not in ("train_steermoe", "train_salm", "finetune_encoder"):  # they bring their own
@@ -747,7 +748,8 @@ def main(cfg):
         raise model.UserError("several processes need an output: give out=NAME.jsonl")
     first = sorted(outputs, key=lambda path: path.suffix != ".jsonl") or [Path(scratch.name, "out")]
     jsonl, mark = first[0].with_suffix(".jsonl"), first[0].with_suffix(UNFINISHED)
-    weights = [(p.name, p.stat().st_mtime_ns) for p in sorted(Path(cfg.model.dir).glob("*.pt"))]
+    files = [p for p in Path(cfg.model.dir).glob("*.*") if p.suffix in (".pt", ".safetensors")]
+    weights = [(p.name, p.stat().st_mtime_ns) for p in sorted(files)]
     settings = [(key, str(value)) for key, value in cfg.items() if key not in SAME_TEXTS]
     about = model.hash_text([settings, weights])  # what the texts depend on
     if rank == 0:

@@ -988,7 +988,8 @@ def find_model(name):
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
         raise UserError(f"{name}: no such folder; give one, or a hub name like openai/whisper-tiny")
     try:
-        if name.startswith(("iic/", "FunAudioLLM/")):  # only ModelScope's Fun-ASR-Nano has CTC
+        ours = name.startswith(("iic/", "FunAudioLLM/")) and not name.endswith("-hf")
+        if ours:  # only ModelScope's Fun-ASR-Nano has CTC; transformers' lies on Hugging Face
             from modelscope import snapshot_download
 
             return Path(snapshot_download(name))

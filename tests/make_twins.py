@@ -201,7 +201,8 @@ def official_folder(path, with_ctc=True, seed=0, tiktoken=True):
 
     Speech part and LLM are bf16, CTC is fp32, or missing as in the copy on Hugging Face.
     """
-    path, tokenizer, width, llm_width = Path(path), tiny_tokenizer(), ENCODER["output_size"], 48
+    path, width, llm_width = Path(path), ENCODER["output_size"], 48
+    tokenizer = tiny_tokenizer(specials=(*SPECIALS, "<|object_ref_start|>"))
     torch.manual_seed(seed)
     net = randomise(model.SenseVoiceEncoder(560, **ENCODER | RELEASED), seed)
     weights = {f"audio_encoder.{name}": value for name, value in net.state_dict().items()}

@@ -1,9 +1,14 @@
 """FunASRNano against funasr's own class on the same weights, its front ends, loading, merging."""
 
+import contextlib
+import io
+import json
+import re
 import shutil
 from pathlib import Path
 
 import make_twins
+import numpy as np
 import pytest
 import test_finetune
 import torch
@@ -12,6 +17,8 @@ from test_finetune import infer_on, train, weights
 from torch.nn.utils.rnn import pad_sequence
 
 import finetune_encoder as ft
+import infer
+import merge
 import model
 
 world, faster = test_finetune.world, test_finetune.faster  # fixtures
@@ -158,9 +165,15 @@ def test_padding_changes_nothing(ours, batch):
 
 
 def test_released_sizes():
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import (
+        FunAsrNanoConfig,
+        FunAsrNanoForConditionalGeneration,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
 
     with torch.device("meta"):
+        theirs = FunAsrNanoForConditionalGeneration(FunAsrNanoConfig()).state_dict()
         conf = Qwen3Config(
             vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
             num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
@@ -174,6 +187,12 @@ def test_released_sizes():
     assert sum(p.numel() for p in nano.parameters()) == 868_857_667
     names = list(nano.state_dict())
     assert len(names) == 1347 and sum(not name.startswith(ft.CTC) for name in names) == 1261
+    found = {}
+    for name, value in nano.state_dict().items():
+        if not name.startswith(ft.CTC):
+            pieces = ft.hf_names(name, cfg.audio_encoder_conf)
+            found |= zip(pieces, value.chunk(len(pieces)), strict=True)
+    assert {n: x.shape for n, x in found.items()} == {n: x.shape for n, x in theirs.items()}
 
 
 # ---- front ends -------------------------------------------------------------
@@ -292,13 +311,215 @@ def test_merge_folds_lora_and_all_hear_the_same(world, official_folder, tmp_path
         ((merged, released, merged), "no finished run"),
     ):
         with pytest.raises(model.UserError, match=message):
-            ft.merge(*arguments)
+            merge.merge(*arguments)
 
 
 def test_merge_keeps_tied_embeddings_tied(world, official_folder, tmp_path):
     extra = "llm_conf.freeze=false llm=Qwen3-0.6b train_conf.max_steps=1"
     run = train(world, tmp_path / "run", extra)
-    ft.merge(run, official_folder / "model.pt", tmp_path / "new")
+    merge.merge(run, official_folder / "model.pt", tmp_path / "new")
     table, new = weights(run)["llm.model.embed_tokens.weight"], weights(tmp_path / "new", "model")
     assert torch.equal(new["llm.model.embed_tokens.weight"], table)
     assert torch.equal(new["llm.lm_head.weight"], table)  # both names are the new ones
+
+
+# ---- transformers' layout ---------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hub(world, official_folder, tmp_path_factory):
+    """A run, exported for transformers: our parts of the run, theirs of the export."""
+    from transformers import AutoProcessor, FunAsrNanoForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("hub")
+    extra = "llm=Qwen3-0.6b optim_conf.lr=1e-2 train_conf.max_steps=3 frontend_conf.fs=16000"
+    extra += " audio_adaptor_conf.freeze=false ctc_decoder_conf.freeze=false"
+    run, out = train(world, folder / "run", extra), folder / "export"
+    arguments = ["merge", str(run), str(official_folder), "-o", str(out), "--to", "hf"]
+    ft.command_line(arguments)[0](None)
+    ours = ft.load_parts(ft.read_run(run)["conf"], run, torch.float32, True)
+    ours.frontend.dither = 0.0
+    model.freeze(ours.nano)
+    load = FunAsrNanoForConditionalGeneration.from_pretrained
+    net, told = load(out, attn_implementation="sdpa", output_loading_info=True)
+    assert not any(told.values()) and net.dtype == torch.float32
+    rest = {"run": run, "out": out, "ours": ours, "net": net.eval()}
+    return ft.SimpleNamespace(processor=AutoProcessor.from_pretrained(out), **rest)
+
+
+def our_logits(ours, feats, low_rate):
+    nano, embed = ours.nano, ours.nano.llm.get_input_embeddings()
+    speech = nano.audio_adaptor(*nano.encode(feats[None], torch.tensor([len(feats)])))
+    if low_rate:
+        speech = nano.listen(*nano.encode(feats[None], torch.tensor([len(feats)])))
+    spliced = model.splice(embed, [ft.nano_prompt(ours.tokenizer)], *speech, [[1, 2, 3]])
+    return nano.llm(inputs_embeds=spliced.embeds).logits
+
+
+@torch.no_grad()
+def test_transformers_has_our_logits_on_the_same_features_and_positions(hub, clips):
+    net, token = hub.net, hub.net.config.audio_token_id
+    for path in clips:
+        feats = hub.ours.frontend.features(model.load_audio(path, 16000))
+        mask = torch.ones(1, len(feats), dtype=torch.long)
+        before, after = ft.nano_prompt(hub.ours.tokenizer)
+        ids = torch.tensor([[*before, *[token] * len(feats), *after, 1, 2, 3]])
+        inputs = {"input_features": feats[None], "input_features_mask": mask}
+        found = net(input_ids=ids, **inputs).logits  # all T positions, by their own code alone
+        torch.testing.assert_close(found, our_logits(hub.ours, feats, False), atol=2e-4, rtol=0)
+        embeds = net.get_input_embeddings()(ids)
+        embeds[0, len(before) : len(before) + len(feats)] = net.get_audio_features(
+            **inputs
+        ).pooler_output
+        kept = ft.llm_positions(len(feats))
+        places = [*range(len(before) + kept), *range(len(before) + len(feats), ids.shape[1])]
+        assert 0 < kept < len(feats)
+        found = net(inputs_embeds=embeds[:, places]).logits
+        torch.testing.assert_close(found, our_logits(hub.ours, feats, True), atol=2e-4, rtol=0)
+        assert (found[0, -1] - our_logits(hub.ours, feats, False)[0, -1]).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_padding_changes_nothing_in_transformers_where_attention_is_named(hub, clips):
+    feats = [hub.ours.frontend.features(model.load_audio(path, 16000)) for path in clips]
+    lens = torch.tensor([len(x) for x in feats])
+    batch, mask = pad_sequence(feats, batch_first=True), model.length_mask(lens, int(lens.max()))
+    found = hub.net.get_audio_features(batch, mask.long()).pooler_output.split(lens.tolist())
+    for theirs, one in zip(found, feats, strict=True):
+        speech = hub.ours.nano.encode(one[None], torch.tensor([len(one)]))
+        expected = hub.ours.nano.audio_adaptor(*speech)[0][0]
+        torch.testing.assert_close(theirs, expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_what_plain_transformers_hears_otherwise(hub, clips):
+    """All T positions, no factor 32768, no dither; the factor moves only the floor."""
+    wave = model.load_audio(clips[0], 16000)
+    inputs = hub.processor.apply_transcription_request(wave.numpy())
+    feats = hub.ours.frontend.features(wave)
+    assert (inputs["input_ids"] == hub.net.config.audio_token_id).sum() == len(feats)
+    plain, lens = inputs["input_features"][0], torch.tensor([len(feats)])
+    again = hub.processor.apply_transcription_request(wave.numpy())["input_features"][0]
+    assert torch.equal(plain, again)  # nothing random
+    offset, floor = 2 * np.log(32768), np.log(torch.finfo(torch.float32).eps)
+    expected = (feats - offset).clamp(min=floor)
+    torch.testing.assert_close(plain, expected, atol=2e-3, rtol=0)
+    moved = hub.ours.nano.encode(feats[None] - offset, lens)[0]
+    enc = hub.ours.nano.encode(feats[None], lens)[0]
+    torch.testing.assert_close(moved, enc, atol=1e-3, rtol=0)  # the first norm takes it out
+    faint = hub.processor.apply_transcription_request(wave.numpy() * 1e-3)["input_features"][0]
+    assert (faint <= floor + 1e-3).float().mean() > 0.1  # a call's pauses are lost
+    assert (hub.ours.frontend.features(wave * 1e-3) > floor + 1).all()
+
+
+@pytest.mark.parametrize(("asked", "theirs"), [
+    ({}, {}), ({"hotwords": "张三,李四"}, {"keywords": ["张三", "李四"]}),
+    ({"language": "中文"}, {"language": "zh"}),
+    ({"hotwords": "one", "language": "英文"}, {"keywords": "one", "language": "English"}),
+])  # fmt: skip
+def test_the_chat_template_writes_our_prompt(hub, clips, asked, theirs):
+    wave = model.load_audio(clips[1], 16000)
+    inputs = hub.processor.apply_transcription_request(wave.numpy(), **theirs)
+    before, after = ft.nano_prompt(hub.ours.tokenizer, **asked)
+    count = inputs["input_features"].shape[1]
+    audio = [hub.net.config.audio_token_id] * count
+    assert inputs["input_ids"][0].tolist() == [*before, *audio, *after]
+
+
+def our_answer(ours, wave):
+    nano, tokenizer = ours.nano, ours.tokenizer
+    stop, embed = tokenizer.convert_tokens_to_ids("<|im_end|>"), nano.llm.get_input_embeddings()
+    feats = ours.frontend.features(wave)[None]
+    speech = nano.listen(*nano.encode(feats, torch.tensor([feats.shape[1]])))
+    spliced = model.splice(embed, [ft.nano_prompt(tokenizer)], *speech, pad_left=True)
+    most = [model.token_cap(len(wave) / 16000)]
+    answer = model.greedy_decode(nano.llm, spliced, stop, most)[0]
+    return tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+@torch.no_grad()
+def test_the_cards_example_gives_our_answer(hub, clips, monkeypatch):
+    monkeypatch.setattr(model, "cut_loop", lambda *a, **k: False)  # random weights repeat
+    (code,) = re.findall(r"```python\n(.*?)```", (hub.out / "README.md").read_text(), re.DOTALL)
+    for path in clips:
+        wave, said = model.load_audio(path, 16000), io.StringIO()
+        with contextlib.redirect_stdout(said):
+            exec(code.replace("THIS_FOLDER", str(hub.out)).replace("call.wav", str(path)), {})
+        assert said.getvalue().strip() == our_answer(hub.ours, wave) != ""
+        faint = 1e-4 * wave  # without the factor all of it would lie under the floor
+        found = merge.transcribe(hub.net, hub.processor, faint, 16000)
+        assert found == our_answer(hub.ours, faint) != ""
+        plain = merge.transcribe(hub.net, hub.processor, wave, 16000, plain=True)
+        inputs = hub.processor.apply_transcription_request(wave.numpy())
+        most = model.token_cap(len(wave) / 16000)
+        expected = hub.net.generate(**inputs, max_new_tokens=most, do_sample=False)
+        expected = expected[0, inputs["input_ids"].shape[1] :]
+        assert plain == hub.processor.decode(expected, skip_special_tokens=True).strip()
+
+
+def test_names_are_mapped_there_and_back_and_a_run_goes_on(hub, world, official_folder, tmp_path):
+    conf = ft.read_run(hub.run)["conf"]
+    base = dict(ft.read_base(official_folder / "model.pt", conf))
+    merge.write_hf(base, conf, official_folder / "model.pt", tmp_path)
+    back = ft.read_base(tmp_path / "model.safetensors", conf)
+    assert model.hash_tensors(back) == model.hash_tensors(base)  # so either may be given to merge
+    clip = world["folder"] / "wide" / "utt001.wav"
+    one, two = (infer_on(f, tmp_path / "..", clip, "decode.tokens_per_s=3")[0]
+                for f in (official_folder, tmp_path))  # fmt: skip
+    assert one["text"] == two["text"] and one["ctc_text"] == two["ctc_text"] != ""
+    short = "train_conf.max_steps=1 frontend_conf.fs=16000"
+    run = train(world, tmp_path / "run", f"{short} init_param={tmp_path}")
+    merge.merge(run, tmp_path, tmp_path / "new", "hf")
+    new = ft.read_base(tmp_path / "new" / "model.safetensors", conf)
+    changed = {name for name in new if not torch.equal(new[name].float(), base[name].float())}
+    assert {name.split(".")[0] for name in changed} == {"audio_encoder"}
+    assert all(torch.equal(new[name], value) for name, value in weights(run).items())
+    with pytest.raises(model.UserError, match="only a model.pt becomes funasr's layout; add"):
+        merge.merge(run, tmp_path, tmp_path / "other")
+
+
+def test_transformers_folder_without_ctc_and_of_another_kind(hub, world, tmp_path, capsys):
+    folder = Path(shutil.copytree(hub.out, tmp_path / "hf"))
+    (folder / "ctc.safetensors").unlink()
+    (folder / "config.yaml").unlink()
+    extra = f"train_conf.max_steps=1 frontend_conf.fs=16000 init_param={folder}"
+    run = train(world, tmp_path / "a", f"{extra} ctc_decoder_conf.freeze=false")
+    assert f"{folder}/model.safetensors: has no CTC branch (M" in (said := capsys.readouterr().out)
+    assert "a new one trains" in said and "ctc.ctc_lo.weight" in weights(run)
+    train(world, tmp_path / "b", f"{extra} ctc_weight=0 llm=Qwen3-0.6b")
+    assert "has no CTC branch (ModelScope's model.pt has), none trains" in capsys.readouterr().out
+    with pytest.raises(model.UserError, match="has no audio_.*_conf has other sizes"):
+        train(world, tmp_path / "c", f"{extra} audio_encoder_conf.num_blocks=4")
+    cfg = model.load_config(["model.dir=x"], infer.DEFAULTS)
+    with pytest.raises(model.UserError, match="has no audio_encoder.enc"):  # of 70 blocks
+        ft.load_listener(folder, cfg, torch.device("cpu"), torch.float32)
+
+
+def test_the_model_card(hub, world, official_folder, tmp_path):
+    text, run = (hub.out / "README.md").read_text(encoding="utf-8"), ft.read_run(hub.run)
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["library_name"] == "transformers" and front["base_model"] == official_folder.name
+    assert run["base_hash"] in text and (hub.run / "table.md").read_text().strip() in text
+    seconds = sum(map(model.audio_seconds, world["calls"].parent.glob("utt*.wav")))
+    assert run["hours"] == {"telephone": pytest.approx(seconds / 3600)}
+    assert f"{seconds / 3600:.3g} hours of telephone" in text
+    assert "- `optim_conf.lr`: 0.01\n" in text and "data_split_num" not in text
+    assert "frontend_conf.fs" not in text and "`audio_encoder_conf.freeze`: False" in text
+    rows = [json.loads(line) for line in open(run["conf"]["valid_data_set_list"][0])]
+    folder = Path(run["conf"]["valid_data_set_list"][0]).parent
+    waves = [model.load_audio(folder / row["source"], 16000) for row in rows]
+    for plain in (False, True):
+        texts = [merge.transcribe(hub.net, hub.processor, x, 16000, plain=plain) for x in waves]
+        rate = model.error_rate([row["target"] for row in rows], texts)["rate"]
+        assert f"{rate:.1%}" in text
+    run["conf"]["frontend_conf"] |= {"fs": 8000, "mel_axis": "pretrained"}
+    run["conf"]["valid_data_set_list"] = [str(tmp_path / "gone.jsonl")]
+    far = merge.card(run, hub.run, hub.out, "hf")
+    assert "Upsample to 16 kHz" in far and "rate was not measured: no validation clips" in far
+    plain = merge.card(run, hub.run, hub.out, "funasr")
+    assert "AutoModel" in plain and "Upsample to 16 kHz" in plain
+    for words in (text, far, plain, *(path.read_text() for path in hub.out.glob("*.json"))):
+        assert str(tmp_path.parent) not in words  # no path of this machine
+    for arguments in ([], ["run", "base", "-o", "out", "--to", "onnx"]):
+        with pytest.raises(SystemExit, match="expected merge RUN_DIR MODEL.pt -o FOLDER"):
+            merge.main(arguments)

@@ -12,7 +12,7 @@ import pytest
 import model
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in ("model", "report"))
+SCRIPTS = sorted({path.stem for path in ROOT.glob("*.py")} - {"model", "report", "merge"})
 OF_CONFIG = {
     "precompute": "precompute", "phase1": "train_phase1", "phase2": "train_phase2",
     "infer": "infer", "stage1": "finetune_encoder", "telephone": "finetune_encoder",
@@ -20,9 +20,10 @@ OF_CONFIG = {
     "steermoe": "train_steermoe", "salm": "train_salm",
 }  # fmt: skip
 BUDGETS = {  # lines; tests/ and demo/ of all their files
-    "model.py": 2260, "precompute.py": 300, "train_phase1.py": 455, "train_phase2.py": 480,
-    "infer.py": 885, "report.py": 150, "finetune_encoder.py": 1550, "train_steermoe.py": 840,
-    "train_salm.py": 1115, "bench": 550, "demo": 960, "tests": 6270, "README.md": 260,
+    "model.py": 2330, "precompute.py": 300, "train_phase1.py": 455, "train_phase2.py": 480,
+    "infer.py": 885, "report.py": 150, "finetune_encoder.py": 1600, "train_steermoe.py": 840,
+    "train_salm.py": 1115, "merge.py": 315, "bench": 550, "demo": 960, "tests": 6500,
+    "README.md": 260,
 }  # fmt: skip
 
 
