@@ -1,10 +1,10 @@
-# make setup | test | torture | lint | demo | demo-telephone | demo-steermoe | bench
+# make setup | test | torture | lint | demo | demo-telephone | demo-steermoe | demo-salm | bench
 # ARGS="key=value ..." goes to the script behind; SPEECH=folder/manifest.jsonl: your own speech
 PYTHON ?= python3
 PY := .venv/bin/python
 SPOKEN := $(if $(SPEECH),speech=$(SPEECH))
 
-.PHONY: setup test torture lint demo demo-telephone demo-steermoe bench
+.PHONY: setup test torture lint demo demo-telephone demo-steermoe demo-salm bench
 
 setup: .venv/.done
 
@@ -26,7 +26,7 @@ lint: setup
 demo: setup
 	$(PY) demo/run.py adaptor $(SPOKEN) $(ARGS)
 
-demo-telephone demo-steermoe: setup
+demo-telephone demo-steermoe demo-salm: setup
 	$(PY) demo/run.py $(@:demo-%=%) $(SPOKEN) $(ARGS)
 
 bench: setup

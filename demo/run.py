@@ -3,6 +3,7 @@
     python demo/run.py adaptor        # make demo: precompute, phase 1, phase 2, infer; 20 minutes
     python demo/run.py telephone      # make demo-telephone: finetune_encoder.py
     python demo/run.py steermoe       # make demo-steermoe: train_steermoe.py
+    python demo/run.py salm           # make demo-salm: train_salm.py
     python demo/run.py adaptor seed=1 run=runs/demo/seed1     # another seed of both trainings
     python demo/run.py adaptor quick=true                     # checks that it runs, learns little
 
@@ -13,6 +14,7 @@ Output  home/results.json, home/plots/*.png, home/transcripts.html; run/*
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -307,6 +309,118 @@ def bridge(cfg, stage, folder, done, *arguments):
     return folder
 
 
+# ---- salm: train_salm.py ----------------------------------------------------
+
+TASKS = {  # what stands before, between and behind two recordings; how many to train on
+    "both": ("Transcribe both. First:", "Second:", "", 500),
+    "second": ("Transcribe only the second. First:", "Second:", "", 900),
+    "says": ("First:", "Second:", 'Which one says "{quote}"?', 1500),
+}
+
+
+def ask(task, pair, number):
+    """A conversation about two clips, in NeMo's form."""
+    texts = [model.normalize_text(clip["target"]) for clip in pair]
+    answers = {"both": f"first {texts[0]} second {texts[1]}", "second": texts[1]}
+    answers["says"] = ("first", "second")[number % 2]
+    words = [part.format(quote=texts[number % 2]) for part in TASKS[task][:3]]
+    heard = [{"type": "audio", "value": clip["source"]} for clip in pair]
+    before, between, after = ({"type": "text", "value": text} for text in words)
+    turns = [before, heard[0], between, heard[1], *[after][: bool(words[2])]]
+    turns = [{"from": "User"} | turn for turn in turns]
+    turns.append({"from": "Assistant", "type": "text", "value": answers[task]})
+    return {"id": f"{task}-{number}", "conversations": turns}
+
+
+def write_conversations(cfg, run, data):
+    """Pairs of training clips for all tasks, and single ones; pairs of the test's clips."""
+    rng, real = random.Random(cfg.seed), read_rows(f"{data}/train_real.jsonl")
+    rows = [*real * 3, *read_rows(f"{data}/train_synthetic.jsonl")]
+    rows = [row | {"target": model.normalize_text(row["target"])} for row in rows]
+    short = [row for row in rows if 0 < len(row["target"].split()) <= 8]
+    train = [ask(task, rng.sample(short, 2), n) for task in TASKS for n in range(TASKS[task][3])]
+    model.save(run / "train.jsonl", train)
+    model.save(run / "single.jsonl", {row["key"]: row for row in rng.sample(rows, 600)}.values())
+    asked = {row["key"]: row for row in real + rng.sample(short, 400)}
+    model.save(run / "requests.jsonl", asked.values())
+    test = read_rows(f"{data}/test.jsonl")
+    rng.shuffle(test)
+    turned = [*zip(test, test[1:] + test[:1], strict=True)]
+    pairs = {"both": turned[::2], "second": turned}  # every clip once
+    pairs["says"] = [rng.sample(test, 2) for _ in range(100)]
+    for task, own in pairs.items():
+        model.save(run / f"{task}.jsonl", [ask(task, pair, n) for n, pair in enumerate(own)])
+
+
+def salm(cfg):
+    print(
+        "SmolLM2 hears one or two recordings in a chat: transcribes one, both, only the second, "
+        "says which one\nsays something; then it learns to answer spoken requests as it answers "
+        "written ones. About 12 minutes on\n2 free cores after make demo."
+    )
+    prepare(cfg, "salm")
+    run, data = Path(cfg.run), f"{cfg.home}/data"
+    if not Path(cfg.home, "run/phase2/config.json").is_file():
+        raise model.UserError(f"{cfg.home}/run/phase2: not there; run make demo first")
+    if not (run / "says.jsonl").is_file():
+        write_conversations(cfg, run, data)
+    lines, wrong, table = {}, {}, {}
+    for name in ("tasks", "requests"):
+        folder, own = run / name, [config_of(cfg, "salm")]
+        if name == "requests":
+            own += ["~data.validation_ds.datasets", config_of(cfg, "salm_requests")]
+        own += [f"exp_manager.explicit_log_dir={folder}", f"data.train_ds.seed={cfg.seed}"]
+        own += ["trainer.max_steps=2", "data.validation_ds.decode_clips=4"] if cfg.quick else []
+        run_stage(cfg, name, "train_salm.py", own, folder / "control.json")
+    for found, name in ((lines, "valid"), (wrong, "control")):
+        for line in read_rows(run / f"tasks/{name}.jsonl"):
+            line |= {k: without_given(line[k]) for k in ("target", "text") if line["set"] == "both"}
+            found.setdefault(line["set"], []).append(line)
+    names = {"one": "transcribe one", "both": "transcribe both, in order"}
+    names["second"] = "transcribe only the second"
+    for key, label in names.items():
+        table[label] = rate(lines[key]) | {"wrong audio": rate(wrong[key])["wer"]}
+        table[label] = {"result": table[label].pop("wer")} | table[label]
+    right = [[x["target"] == x["text"] for x in found["says"]] for found in (lines, wrong)]
+    share, ruined = map(np.mean, right)
+    table["which of the two says it (chance 50 %)"] = {
+        "result": share, "se": (share * (1 - share) / len(right[0])) ** 0.5, "wrong audio": ruined
+    }  # fmt: skip
+    scores = [row for row in read_rows(run / "requests/metrics.jsonl") if "val_kl" in row]
+    scores = {"before": scores[0], "after": scores[-1]}
+    scores["wrong audio"] = json.loads((run / "requests/control.json").read_text())
+    told = {name: {k: row[f"val_{k}"] for k in ("acc", "kl")} for name, row in scores.items()}
+    told["goals"] = goals(cfg, table, told)
+    formats = dict.fromkeys(("result", "se", "wrong audio"), "{:.1%}")
+    finish(cfg, run, table, formats, {"test clips": len(lines["one"])} | {"requests": told})
+
+
+def without_given(text):
+    """An answer to `both` without the words that the question gives."""
+    return re.sub(r"^first |(?<= )second ", "", text, count=2)
+
+
+def goals(cfg, table, told):
+    """What was wanted, and whether it was met."""
+    known = json.loads(Path(cfg.home, "results.json").read_text())["rows"]
+    phase2 = known["SmolLM2 alone, without CTC's text"]["wer"]
+    one, both, second, says = (row["result"] for row in table.values())
+    before, after, wrong = told["before"], told["after"], told["wrong audio"]
+    found = {
+        f"one: at most phase 2 + 2 points ({phase2 + 0.02:.1%})": one <= phase2 + 0.02,
+        "both: at most one + 8 points": both <= one + 0.08, "second: at most 35 %": second <= 0.35,
+        "says: at least 80 %": says >= 0.8,
+        "wrong audio over 100 %": min(r["wrong audio"] for r in [*table.values()][:3]) > 1,
+        "requests: 5 points more of the tokens": after["acc"] >= before["acc"] + 0.05,
+        "requests: less KL": after["kl"] < before["kl"],
+        "requests: ruined by wrong audio":
+            wrong["acc"] < after["acc"] - 0.05 and wrong["kl"] > 1.5 * after["kl"],
+    }  # fmt: skip
+    for goal, met in found.items():
+        print(f"{'met   ' if met else 'MISSED'} {goal}")
+    return {goal: bool(met) for goal, met in found.items()}
+
+
 # ---- pictures ---------------------------------------------------------------
 
 
@@ -344,7 +458,7 @@ def plot_words(line, path):
     plt.close(figure)
 
 
-DEMOS = {"adaptor": adaptor, "telephone": telephone, "steermoe": steermoe}
+DEMOS = {"adaptor": adaptor, "telephone": telephone, "steermoe": steermoe, "salm": salm}
 
 
 if __name__ == "__main__":

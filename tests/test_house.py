@@ -18,6 +18,7 @@ OF_CONFIG = {
     "infer": "infer", "stage1": "finetune_encoder", "telephone": "finetune_encoder",
     "telephone_8k": "finetune_encoder", "telephone_8k_from_hub": "finetune_encoder",
     "steermoe": "train_steermoe", "salm": "train_salm",
+    "salm_requests": "train_salm",
 }  # fmt: skip
 BUDGETS = {  # lines; tests/ and demo/ of all their files
     "model.py": 2330, "precompute.py": 300, "train_phase1.py": 455, "train_phase2.py": 480,
