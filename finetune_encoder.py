@@ -1561,15 +1561,10 @@ def load_listener(folder, cfg, device, dtype):
     )  # fmt: skip
 
 
-def command_line(arguments):
-    """What to run, and load_config's arguments: training, --check or merge."""
-    if arguments[:1] == ["merge"]:
-        merge = importlib.import_module("merge")
-        return lambda cfg: merge.main(arguments[1:]), ["output_dir=merged"]
-    rest = [argument for argument in arguments if argument != "--check"]
-    return functools.partial(main, check_only=len(rest) < len(arguments)), rest
-
-
 if __name__ == "__main__":
-    command, sys.argv[1:] = command_line(sys.argv[1:])
-    model.run_main(command, DEFAULTS, __doc__, "dataset_conf.batch_size")
+    if sys.argv[1:2] == ["merge"]:
+        arguments, sys.argv[1:] = sys.argv[2:], ["output_dir=merged"]
+        command = functools.partial(importlib.import_module("merge").main, arguments)
+        model.run_main(lambda _: command(), DEFAULTS, __doc__)
+    else:
+        model.run_main(main, DEFAULTS, __doc__, "dataset_conf.batch_size")

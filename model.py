@@ -15,6 +15,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -22,6 +23,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 import threading
 import unicodedata
 from dataclasses import dataclass
@@ -64,14 +66,20 @@ class AudioError(UserError):
 def load_config(arguments, defaults, aliases=None, optional=()):
     """`[config.yaml] key=value ...` over the YAML text `defaults`; later ones win.
 
-    Keys may be nested or dotted, in files too; `--config FILE` and `++key=value` are taken, `~key`
-    brings a default back. Where the default is text, a value stays as typed; where it is {}, any
-    keys may stand below.
+    Keys may be nested or dotted, in files too; `--config FILE`, `--config-path DIR --config-name
+    NAME` and `++key=value` are taken, `~key` brings a default back. Where the default is text, a
+    value stays as typed; where it is {}, any keys may stand below.
     aliases   {another spelling: key}.  optional: sections that `null` switches off.
     Output  DictConfig, read as `cfg.optim.lr`; keys whose default is ??? were given.
     Raises  UserError naming file or argument, and the nearest key for one that is unknown.
     """
     config, aliases = OmegaConf.create(defaults), aliases or {}
+    text = "\n".join(arguments)  # Hydra's two options name one file
+    named = dict(re.findall(r"^--config-(path|name)[=\n](.*)$", text, re.M))
+    if "name" in named:
+        rest = re.sub(r"^--config-(?:path|name)[=\n].*$", "", text, flags=re.M).split("\n")
+        name = f"{named.get('path', '.')}/{named['name'].removesuffix('.yaml')}.yaml"
+        arguments = [name, *filter(None, rest)]
     known, off = flatten(OmegaConf.to_container(config)), set()
     free = tuple(f"{key}." for key, default in known.items() if default == {})  # names of all kinds
     try:
@@ -215,14 +223,18 @@ def check_marked(cfg, defaults, say, verbose, all_keys=False):
 
 
 def run_main(main, defaults, doc, batch_key="batch_size", **spelling):
-    """Command line of a script: --help prints what it does and every key; errors in one line."""
+    """Command line of a script: --help prints what it does and every key; --check goes as
+    check_only to a `main` that knows it; errors in one line."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(f"{doc.strip()}\n\nKeys and their defaults:\n{defaults}")
         return
     # TensorBoard writes in a thread; what stops it there is raised here, too
     threading.excepthook = lambda args: no_room(args.exc_value) or threading.__excepthook__(args)
+    given, checks = sys.argv[1:], "check_only" in inspect.signature(main).parameters
+    rest = [argument for argument in given if argument != "--check" or not checks]
     try:
-        main(load_config(sys.argv[1:], defaults, **spelling))
+        cfg = load_config(rest, defaults, **spelling)
+        main(cfg, **({"check_only": len(rest) < len(given)} if checks else {}))
         if dist.is_initialized():
             dist.destroy_process_group()
         return
@@ -1596,6 +1608,17 @@ def load_llm(name, dtype=torch.float32, device="cpu", lora=None):
         wrapper.peft_config["default"].base_model_name_or_path = str(name)
         llm.__dict__["peft"] = wrapper.eval()  # past nn.Module: the LLM is a part of its wrapper
     return llm.to(device), tokenizer
+
+
+def save_lora(llm, folder, weights=None):
+    """LoRA as a PEFT folder, whose files are whole when they move there; weights: of the LLM's own
+    state dict, where that is cut."""
+    folder.mkdir(exist_ok=True)
+    weights = weights and {f"base_model.model.{name}": value for name, value in weights.items()}
+    with tempfile.TemporaryDirectory(dir=folder.parent) as new:
+        llm.peft.save_pretrained(new, state_dict=weights, save_embedding_layers=False)
+        for path in Path(new).iterdir():
+            os.replace(path, folder / path.name)
 
 
 def end_of_turn(tokenizer):

@@ -29,8 +29,6 @@ Logged  ce (nats per label token), acc (share of label tokens predicted right, t
 import contextlib
 import json
 import math
-import os
-import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -444,11 +442,7 @@ def save_results(phase, cfg, folder, identity):
     if phase.ctc is not None:
         model.save(folder / "ctc_head.pt", phase.ctc.state_dict())
     if cfg.llm.lora.r:
-        (folder / "lora").mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as new:  # its files are whole when they move
-            phase.llm.peft.save_pretrained(new, save_embedding_layers=False)
-            for path in Path(new).iterdir():
-                os.replace(path, folder / "lora" / path.name)
+        model.save_lora(phase.llm, folder / "lora")
     settings = OmegaConf.to_container(cfg)["llm"] | {"normalize": cfg.data.normalize}
     content = {"format": model.FORMAT, "script": "train_phase2", "settings": settings}
     model.save(folder / "config.json", content | identity)

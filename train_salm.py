@@ -41,7 +41,6 @@ import math
 import os
 import re
 import sys
-import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -1052,12 +1051,8 @@ def save_results(salm, weights, cfg, folder):
     lora = {name: value for name, value in weights.items() if "lora_" in name}
     model.save(folder / "salm.pt", {k: v for k, v in weights.items() if k not in lora})
     if lora:
-        (folder / "lora").mkdir(exist_ok=True)
-        named = {f"base_model.model.{k.removeprefix('llm.')}": v for k, v in lora.items()}
-        with tempfile.TemporaryDirectory(dir=folder) as new:  # its files are whole when they move
-            salm.llm.peft.save_pretrained(new, state_dict=named, save_embedding_layers=False)
-            for path in Path(new).iterdir():
-                os.replace(path, folder / "lora" / path.name)
+        lora = {name.removeprefix("llm."): value for name, value in lora.items()}
+        model.save_lora(salm.llm, folder / "lora", lora)
     head, perception = salm.perception.ctc, salm.perception
     content = {"format": model.FORMAT, "script": "train_salm", "conf": OmegaConf.to_container(cfg)}
     content |= {"encoder": perception.encoder.identity, "llm": salm.llm.identity}
@@ -1094,18 +1089,5 @@ def load_listener(folder, cfg, device, dtype):
     )  # fmt: skip
 
 
-def hydra_options(arguments):
-    """What to run, and load_config's arguments: --config-path DIR --config-name NAME is a file."""
-    text, found = "\n".join(arguments), {"path": "."}
-    for name in ("path", "name"):
-        if match := re.search(rf"^--config-{name}[=\n](.*)$", text, re.M):
-            found[name], text = match[1], text.replace(match[0], "")
-    rest = [argument for argument in text.split("\n") if argument and argument != "--check"]
-    if "name" in found:
-        rest.insert(0, f"{found['path']}/{found['name'].removesuffix('.yaml')}.yaml")
-    return functools.partial(main, check_only="--check" in arguments), rest
-
-
 if __name__ == "__main__":
-    command, sys.argv[1:] = hydra_options(sys.argv[1:])
-    model.run_main(command, DEFAULTS, __doc__, "data.train_ds.batch_size", optional=("model.lora",))
+    model.run_main(main, DEFAULTS, __doc__, "data.train_ds.batch_size", optional=("model.lora",))

@@ -668,9 +668,8 @@ def test_what_cannot_work_is_refused_before_training(world, tmp_path, extra, mes
 
 
 def test_check_goes_through_all_but_the_training(world, tmp_path, capsys):
-    command, rest = ft.command_line([*map(str, world["stage1"]), "--check"])
     limit = "dataset_conf.max_token_length=100"  # of 10 ms frames and labels
-    command(config(*rest, f"output_dir={tmp_path / 'r'}", limit))
+    ft.main(config(*world["stage1"], f"output_dir={tmp_path / 'r'}", limit), check_only=True)
     said = capsys.readouterr().out
     seconds = {row["key"]: model.audio_seconds(world["calls"].with_name(row["source"]))
                for row in rows_of(world["calls"].parent, "manifest.jsonl")}  # fmt: skip

@@ -282,8 +282,7 @@ def test_merge_folds_lora_and_all_hear_the_same(world, official_folder, tmp_path
     extra = "llm=Qwen3-0.6b llm_conf.use_lora=true optim_conf.lr=1e-2 train_conf.max_steps=3"
     run = train(world, tmp_path / "r", f"{extra} frontend_conf.fs=16000")
     clip = world["folder"] / "wide" / "utt001.wav"
-    command, _ = ft.command_line(["merge", str(run), str(released), "-o", str(merged)])
-    command(None)
+    merge.main([str(run), str(released), "-o", str(merged)])
     base, new, trained = weights(official_folder, "model"), weights(merged, "model"), weights(run)
     assert base.keys() == new.keys()
     differ = {name for name in base if not torch.equal(base[name].float(), new[name].float())}
@@ -335,8 +334,7 @@ def hub(world, official_folder, tmp_path_factory):
     extra = "llm=Qwen3-0.6b optim_conf.lr=1e-2 train_conf.max_steps=3 frontend_conf.fs=16000"
     extra += " audio_adaptor_conf.freeze=false ctc_decoder_conf.freeze=false"
     run, out = train(world, folder / "run", extra), folder / "export"
-    arguments = ["merge", str(run), str(official_folder), "-o", str(out), "--to", "hf"]
-    ft.command_line(arguments)[0](None)
+    merge.main([str(run), str(official_folder), "-o", str(out), "--to", "hf"])
     ours = ft.load_parts(ft.read_run(run)["conf"], run, torch.float32, True)
     ours.frontend.dither = 0.0
     model.freeze(ours.nano)
