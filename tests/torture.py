@@ -38,6 +38,7 @@ import torch  # noqa: E402
 import transformers.models.qwen3.modeling_qwen3  # noqa: E402
 
 import infer  # noqa: E402, F401
+import train_salm  # noqa: E402, F401
 import train_steermoe  # noqa: E402, F401
 
 KILLS, IN_SAVE, SEED = 20, 5, 0  # at least so many kills, so many of them inside a save
@@ -66,6 +67,14 @@ JOBS = {  # results in DIR, the rest beside it; the later ones need the first an
         training.fp16=false parquet_dirs={wavs} eval_dirs={wavs} training.output_dir=DIR
         training.warmup_steps=2 logging_steps=2 save_steps=2 eval_steps=4 max_steps=10 workers=0
         use_early_stopping=false steering_log_interval=4 resume=true""",
+    "train_salm": """model.pretrained_llm={qwen3} model.pretrained_asr={whisper} save_every=2
+        data.train_ds.manifest_filepath={wavs}
+        data.validation_ds.datasets.a.manifest_filepath={wavs}
+        data.train_ds.num_workers=0 data.validation_ds.num_workers=0 trainer.accelerator=cpu
+        data.validation_ds.max_new_tokens=5 data.train_ds.batch_size=4 trainer.max_steps=10
+        trainer.val_check_interval=4 trainer.log_every_n_steps=2 model.lora.r=2
+        model.lora.lora_dropout=0.1 model.perception.modality_adapter.d_model=32
+        loss.distill_weight=1 model.lr_scheduler.warmup_steps=2 exp_manager.explicit_log_dir=DIR""",
 }
 
 
