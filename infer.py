@@ -755,6 +755,8 @@ def main(cfg):
     if rank == 0:
         check_outputs(outputs, jsonl, mark, about, rows, inputs)
     listener = load_listener(cfg, device, dtype)
+    if any("parts" in row for row in rows) and not hasattr(listener, "several"):
+        raise model.UserError("ONE+TWO: needs a model of train_salm.py")
     if cfg.decode.readout == "ctc" and listener.read_ctc is None:
         raise model.UserError("decode.readout=ctc: this model has no CTC head")
     if cfg.decode.ctc_weight and getattr(listener, "ctc", None) is None:

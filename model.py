@@ -98,7 +98,12 @@ def load_config(arguments, defaults, aliases=None, optional=()):
                 off -= {section for section in off if key.startswith(f"{section}.")}
                 if key in optional and value in NULL:
                     off.add(key)
-                elif key.startswith("~") and key[1:] in known:
+                elif key[:1] == "~" and key[1:] in optional:
+                    off.add(key[1:])
+                elif key[:1] == "~" and key[1:].startswith(free):
+                    section, _, name = key[1:].rpartition(".")
+                    OmegaConf.select(config, section).pop(name, None)
+                elif key[:1] == "~" and key[1:] in known:
                     OmegaConf.update(config, key[1:], known[key[1:]], merge=False)
                 elif key.startswith(free):
                     OmegaConf.update(config, key, value, force_add=True)
@@ -972,6 +977,10 @@ def freeze_by_name(module, patterns, keep=()):
                    for e in expressions for n in names)  # fmt: skip
 
     for pattern in (*patterns, *keep):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"freeze_params: {pattern}: no regular expression, {error}") from error
         if not any(matches(name, [pattern]) for name in named):
             nearest = difflib.get_close_matches(re.sub(r"[\\^$+*]", "", pattern), named, 3, 0.0)
             raise UserError(f"freeze_params: {pattern} matches nothing; nearest: {nearest}")

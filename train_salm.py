@@ -44,6 +44,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -73,14 +74,16 @@ model:
   freeze_params:             # regular expressions, from the start of a name
     ['^llm\..+$', '^embed_tokens\..+$', '^perception\.encoder\..+$']
   prevent_freeze_params: []  # these train all the same, and LoRA
-  lora:                      # null or r=0: none
+  lora:                      # null or r=0: none, or that of init_from
     {task_type: CAUSAL_LM, r: 0, lora_alpha: 8, lora_dropout: 0.0, target_modules: [q_proj, v_proj]}
   perception:
     target: nemo.collections.speechlm2.modules.perception.AudioPerceptionModule  # =
     output_dim: 0            # 0: the LLM's width, which it has to be
-    speech: frames           # + or ctc, soft speech of init_from's CTC head: see train_phase2.py
+    speech: ""               # + frames, or ctc: soft speech of a CTC head, see train_phase2.py; "":
+                             # as in init_from, else frames
     feature_noise: 0.0       # + of the encoder's frames in training, standard deviation
-    preprocessor: {normalize: NA}  # the encoder's own front end is used, as upstream does
+    preprocessor:
+      normalize: NA          # - the encoder's own front end is used, as upstream does
     encoder:
       self_attention_model: ""     # "": unchecked; the encoder has its own
       att_context_size: [-1, -1]   # frames to the left and to the right of each; -1: all
@@ -120,13 +123,14 @@ trainer:
   num_nodes: 1
   accelerator: auto          # gpu, cpu or auto
   strategy: auto             # auto: DDP of several processes; fsdp2, of torchrun
-  precision: bf16-true       # bf16-mixed is the same here; 32-true. What trains is fp32 always
+  precision: bf16-true       # bf16-mixed is the same here; 32-true. A frozen LLM is bf16 on a GPU,
+                             # what trains, and the encoder, are fp32 under autocast
   logger: false              # - metrics.jsonl and TensorBoard events are written
   enable_checkpointing: false    # - exp_manager's is used
   replace_sampler_ddp: false     # - batches are shared out in any case
   use_distributed_sampler: false # - batches are shared out in any case
   max_epochs: null           # the end is where the first of the two is reached
-  max_steps: 100000
+  max_steps: 100000          # -1: max_epochs alone
   limit_train_batches: 0     # > 0: so many batches are an epoch of val_check_interval
   num_sanity_val_steps: 0    # not 0: scores before the first step
   log_every_n_steps: 10
@@ -200,10 +204,11 @@ def json_turns(row, tag, folder):
         if turn.get("type") == "audio":
             if role != "user":
                 raise ValueError(f"a recording in a turn of the {role}; only the user has some")
-            clip = {name: turn.get(name) for name in ("text", "channel", "duration")}
-            start, length = turn.get("offset"), turn.get("duration")
-            end = start + length if start and length else None
-            audio.append(clip | {"source": text, "start": start, "end": end})
+            start, length = (turn.get(k) and float(turn[k]) for k in ("offset", "duration"))
+            part = turn.get("offset") is not None and length
+            clip = {"source": text, "text": turn.get("text"), "duration": length, "start": start}
+            clip["channel"] = None if turn.get("channel") is None else str(turn["channel"])
+            audio.append(clip | {"end": start + length if part else None})
             text = tag
         elif role == "user":
             text = re.sub("<(sound|speech)>", lambda _: tag, text)
@@ -222,13 +227,18 @@ def json_turns(row, tag, folder):
     return turns, audio
 
 
+def holds_conversations(spec):
+    lines = model.read_lines(spec) if Path(spec).is_file() else iter(())
+    return '"conversations"' in next(lines, ("", ""))[1]
+
+
 def list_conversations(spec, item, cfg, answers, cache_dir):
     """(key, where, turns, recordings) of a file or manifest; recordings as model.load_clip's rows,
     or their place in a manifest; `text`: what one says, as far as it is known."""
     tag, tags, asks = cfg.model.audio_locator_tag, item.get("tags") or {}, item["type"] == TYPES[3]
     system = tags.get("system_prompt") or cfg.data.system_prompt
     system = [] if system is None else [("system", system)]
-    if Path(spec).is_file() and '"conversations"' in next(model.read_lines(spec), ("", ""))[1]:
+    if holds_conversations(spec):
         for where, line in model.read_lines(spec):
             try:
                 row = json.loads(line)
@@ -242,10 +252,10 @@ def list_conversations(spec, item, cfg, answers, cache_dir):
     for n, row in enumerate(rows.select_columns([*model.FIELDS])):
         prompt = row["prompt"] or tags.get("context") or ("" if asks else cfg.data.prompt)
         prompt = prompt.replace("{language}", row["language"] or "")
-        answer = answers.get(row["key"], "") if asks else row["target"] or ""
+        answer = answers.get(request_id(row, item, cfg)) if asks else row["target"]
         prompt = prompt if tag in prompt else prompt + tag
         turns = [*system, ("user", prompt), ("assistant", answer)]
-        told = row["target"] if asks or not (row["prompt"] or tags.get("context")) else None
+        told = row["target"] if asks or prompt == f"Transcribe:{tag}" else None
         yield row["key"], row["where"], turns, [{"manifest": spec, "row": n, "text": told}]
 
 
@@ -263,21 +273,24 @@ def render(tokenizer, turns, tag, mask_header=True, answer=False):
         messages.append({"role": role, "content": text})
     rest = {"tokenize": False, "enable_thinking": False}
     write = functools.partial(tokenizer.apply_chat_template, **rest)
-    first = messages[:-1] or messages
-    header = write(first, add_generation_prompt=True).removeprefix(write(first))
-    headers = [header, header.partition("<think>")[0]]  # before the last answer, and others
-    headers = [model.turn_to_ids(tokenizer, text) for text in headers if text]
+    pieces, headers = re.split(f"[{begin}{end}]", write(messages, add_generation_prompt=answer)), []
+    if len(pieces) != 1 + 2 * sum(role == "assistant" for role, _ in turns):
+        raise ValueError("it drops or repeats a part of an assistant's text (</think>?)")
+    if not mask_header:  # as it stands before the last answer, and before others
+        before = messages[:-1] or messages
+        header = write(before, add_generation_prompt=True).removeprefix(write(before))
+        headers = [header.strip(), header.partition("<think>")[0].strip()]
     ids, labels = [], []
-    pieces = re.split(f"[{begin}{end}]", write(messages, add_generation_prompt=answer))
     for n, piece in enumerate(pieces):
         for m, part in enumerate(piece.split(model.AUDIO_MARK)):
             own = [model.AUDIO] * bool(m) + model.turn_to_ids(tokenizer, part)
             says = len(own) * (n % 2) + (n > 0 and n % 2 == 0 and m == 0)  # all, or the end of turn
             ids += own
             labels += own[:says] + [model.IGNORE] * len(own[says:])
-        for own in headers if not mask_header and n % 2 == 0 else ():
-            if ids[-len(own) :] == own:
-                labels[-len(own) :] = own
+        for count in range(1, min(len(ids), 32) + 1) if headers and n % 2 == 0 else ():
+            if tokenizer.decode([max(0, i) for i in ids[-count:]]).strip() in headers:
+                labels[-count:] = ids[-count:]
+                break
     return ids, labels
 
 
@@ -296,10 +309,11 @@ def read_conversations(conf, cfg, tokenizer, perception, answers, cache_dir):
     datasets.disable_progress_bars()
     items = model.as_list(conf.get("manifest_filepath", []))
     items = [{"type": "manifest", "manifest_filepath": path} for path in items]
-    items += [dict(item) for item in conf.get("input_cfg") or []]
+    items += OmegaConf.to_container(OmegaConf.create(list(conf.get("input_cfg") or [])))
     for item in items:
-        if unknown := set(item) - {"type", "manifest_filepath", "tags"}:
-            raise model.UserError(f"input_cfg: {min(unknown)}: only type, manifest_filepath, tags")
+        names = {"type", "manifest_filepath", "tags"}
+        if set(item) - names or "manifest_filepath" not in item:
+            raise model.UserError(f"input_cfg: {item}: type, manifest_filepath and tags expected")
         if item.get("type") not in TYPES:
             given = item.get("type")
             raise model.UserError(f"input_cfg.type={given}: is none of {', '.join(TYPES)}")
@@ -314,12 +328,14 @@ def read_conversations(conf, cfg, tokenizer, perception, answers, cache_dir):
                 raise model.UserError(f"{where}: {places} x {tag} for {len(audio)} recordings")
             if turns[-1][0] != "assistant":
                 raise model.UserError(f"{where}: ends with a turn of the {turns[-1][0]}, no answer")
+            known, turns[-1] = turns[-1][1] is not None, ("assistant", turns[-1][1] or "")
             try:
                 ids, labels = render(tokenizer, turns, tag, header)
                 asked, _ = render(tokenizer, turns[:-1], tag, answer=True)
             except Exception as error:  # of the chat template's own rules
                 raise model.UserError(f"{where}: the LLM's chat template says: {error}") from error
-            row = {"key": key, "where": where, "target": turns[-1][1].strip(), "reason": ""}
+            row = {"key": key, "where": where, "target": turns[-1][1].strip()}
+            row["reason"] = "" if known else "no answer"
             row |= {"ids": ids, "labels": labels, "asked": asked, "seconds": 0.0}
             row |= {"audio": json.dumps(audio), "positions": len(ids) - len(audio)}
             try:
@@ -334,10 +350,12 @@ def read_conversations(conf, cfg, tokenizer, perception, answers, cache_dir):
 
     about = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tag, header, KINDS]
     about += [cfg.data.prompt, cfg.data.system_prompt, perception.identity, sorted(answers.items())]
+    about += [{key: value for key, value in encoder.identity.items() if key != "name"}]
     parts = []
     for item in items:
         for spec in model.as_list(item["manifest_filepath"]):
-            mark = model.hash_text([model.file_stamp(spec), item, about])
+            held = holds_conversations(spec) or open_manifest(spec, cache_dir)._fingerprint
+            mark = model.hash_text([model.file_stamp(spec), held, item, about])
             given = {"fingerprint": mark, "gen_kwargs": {"item": item, "spec": spec}}
             try:
                 kept = datasets.Features(kinds), str(cache_dir)
@@ -361,9 +379,9 @@ def clip_row(clip, cache_dir):
 
 @dataclass
 class Batch:
-    feats: torch.Tensor  # (R, T, F) of all recordings; one second of silence where there are none
+    feats: torch.Tensor  # (R, T, F) of all recordings; (0, 1, 1) where there are none
     lens: torch.Tensor  # (R,) on the CPU
-    recordings: int  # how many of R stand in the rows
+    recordings: int  # R
     rows: list  # of read_conversations, with n labels (0 where one cannot be heard) and `told`
     epoch: int
     used: int  # groups of the epoch that are then behind us
@@ -393,17 +411,17 @@ class Conversations(torch.utils.data.Dataset):
             audio = json.loads(row["audio"])
             row |= {"told": all(clip.get("text") for clip in audio), "audio": audio}
             for clip in self.swapped.get(n, audio):
-                own, wave = clip_row(clip, self.cache_dir), silence
+                own = clip_row(clip, self.cache_dir)
                 try:
                     wave = model.load_clip(own, self.encoder.sample_rate)
+                    feats.append(self.encoder.features(wave, own["key"]))
                 except model.AudioError as error:
-                    row["reason"] = str(error)
-                    row["labels"] = [model.IGNORE] * len(row["labels"])
-                feats.append(self.encoder.features(wave, own["key"]))
+                    row |= {"reason": str(error), "labels": [model.IGNORE] * len(row["labels"])}
+                    feats.append(self.encoder.features(silence))
             rows.append(row | {"n": sum(label != model.IGNORE for label in row["labels"])})
-        count, feats = len(feats), feats or [self.encoder.features(silence)]
-        lens = torch.tensor([len(x) for x in feats])
-        return Batch(pad_sequence(feats, True), lens, count, rows, epoch, number + 1)
+        lens, count = torch.tensor([len(x) for x in feats], dtype=torch.long), len(feats)
+        feats = pad_sequence(feats, True) if feats else torch.zeros(0, 1, 1)
+        return Batch(feats, lens, count, rows, epoch, number + 1)
 
     def load(self, places, workers, device):
         rest = {"num_workers": workers, "pin_memory": device.type == "cuda"}
@@ -430,11 +448,13 @@ class Perception(nn.Module):
         super().__init__()
         conf, wide, rms = cfg.model.perception, table.shape[1], model.embedding_rms(table)
         own = OmegaConf.to_container(conf.modality_adapter)
-        kind, speech = own.pop("_target_").rpartition(".")[2], conf.speech
+        kind, speech = own.pop("_target_").rpartition(".")[2], "frames"
         if "adaptor" in start:  # of train_phase2.py
             kind, own["adaptor"] = "AudioAdaptor", start["adaptor"]
+            speech = start["settings"]["speech"]
         if "perception" in start:
             kind, own, speech = start["perception"].values()
+        speech = conf.speech or speech
         self.identity = {"kind": kind, "settings": own, "speech": speech}
         self.encoder, self.proj, self.ctc, inner = encoder, nn.Identity(), None, encoder.width
         self.noise = conf.feature_noise
@@ -494,12 +514,13 @@ class SALM(nn.Module):
         super().__init__()
         self.perception, self.llm, self.tokenizer, self.cfg = perception, llm, tokenizer, cfg
         self.stop_id = model.end_of_turn(tokenizer)
+        self.inherited = set()  # names of what an earlier run has changed
 
     def forward(self, feats, batch, decode=False):
         """Sums over the batch: ce, kl (nats), right, agree; or greedy answers, lists of ids."""
-        speech, lens = self.perception(feats, batch.lens)
-        heard = speech[: batch.recordings], lens[: batch.recordings]
-        embed = self.llm.get_input_embeddings()
+        embed, nobody = self.llm.get_input_embeddings(), not batch.recordings
+        heard = torch.zeros(0, 1, embed.embedding_dim, device=feats.device), batch.lens[:0]
+        heard = heard if nobody else self.perception(feats, batch.lens)
         if decode:
             asked = [row["asked"] for row in batch.rows]
             spliced = model.splice_rows(embed, asked, *heard, pad_left=True)
@@ -510,7 +531,8 @@ class SALM(nn.Module):
         spliced = model.splice_rows(embed, ids, *heard, labels)
         logits, target = model.label_logits(self.llm, spliced)
         ce = nn.functional.cross_entropy(logits, target, reduction="sum")
-        ce = ce + 0.0 * speech.sum()  # where nobody speaks the perception has a gradient, too: of 0
+        for p in self.perception.parameters() if nobody else ():  # DDP waits for every gradient
+            ce = ce + 0.0 * p.sum() if p.requires_grad else ce
         sums = {"ce": ce, "kl": ce * 0.0, "agree": 0, "positions": spliced.labels.numel()}
         if teacher is not None:
             told = torch.tensor([row["told"] for row in batch.rows for _ in range(row["n"])])
@@ -522,7 +544,7 @@ class SALM(nn.Module):
     @torch.no_grad()
     def teach(self, batch):
         """What the frozen LLM without LoRA says where it reads the recordings' texts: the log
-        probabilities (N, K) of its likeliest tokens, and these. None if no row has texts."""
+        probabilities (N, K) of its likeliest tokens, and these."""
         ids, labels = [], []
         for row in batch.rows:
             texts = [clip["text"] or "" for clip in row["audio"]]
@@ -533,14 +555,16 @@ class SALM(nn.Module):
                 ids.append([*itertools.chain(*read)])
                 said = zip(read, row["labels"], strict=True)
                 labels.append([label for part, label in said for _ in part])
-        if not ids:
-            return None
+        count = len(ids)
+        if not count:  # under FSDP all processes have to call the LLM's layers alike
+            ids, labels = [[0, 0]], [[model.IGNORE, 0]]
         nothing = torch.zeros(0, 1, self.llm.config.hidden_size, device=self.llm.device)
         embed = self.llm.get_input_embeddings()
         spliced = model.splice_rows(embed, ids, nothing, torch.zeros(0).long(), labels)
         with without_lora(self.llm):
             logits, _ = model.label_logits(self.llm, spliced)
-        return logits.log_softmax(-1).topk(min(self.cfg.loss.distill_top_k, logits.shape[1]))
+        found = logits.log_softmax(-1).topk(min(self.cfg.loss.distill_top_k, logits.shape[1]))
+        return found if count else [part[:0] for part in found]
 
 
 @contextlib.contextmanager
@@ -598,15 +622,20 @@ def build(cfg, dtype, device):
     options["keep_query_frames"] = found.get("query_frames", False)
     encoder = model.load_encoder(NEMO.get(name.removeprefix("nvidia/"), name), **options)
     window = [*map(int, conf.perception.encoder.att_context_size)]
+    encoder.identity["att_context_size"] = window
     if window != [-1, -1]:
         model.set_attention_window(encoder, *window)
     lora = OmegaConf.to_container(conf.lora) if conf.lora and conf.lora.r else None
     lora = lora and {key: value for key, value in lora.items() if key != "task_type"}
-    lora = folder / "lora" if start and (folder / "lora").is_dir() else lora
+    if start and (folder / "lora").is_dir():
+        if lora:
+            raise model.UserError("model.lora: goes on with that of init_from; set model.lora=null")
+        lora = folder / "lora"
     llm, tokenizer = model.load_llm(conf.pretrained_llm, dtype, lora=lora)
     model.check_identity(start, {"encoder": encoder.identity, "llm": llm.identity}, folder)
-    for module in () if conf.pretrained_weights else [*encoder.modules(), *llm.modules()]:
-        if hasattr(module, "reset_parameters"):
+    parts = [*encoder.named_modules(), *llm.named_modules()]
+    for name, module in () if conf.pretrained_weights else parts:
+        if hasattr(module, "reset_parameters") and "lora_" not in name:
             module.reset_parameters()
     perception = Perception(encoder, cfg, llm.get_input_embeddings().weight, start)
     salm = SALM(perception, llm, tokenizer, cfg)
@@ -631,7 +660,7 @@ def build(cfg, dtype, device):
 
 def saved_names(salm):
     """What makes this model of its encoder and LLM: what trains, and the rest of the perception."""
-    trains = {name for name, p in salm.named_parameters() if p.requires_grad}
+    trains = {name for name, p in salm.named_parameters() if p.requires_grad} | salm.inherited
     parts = ["perception.modality_adapter.", "perception.proj.", "perception.ctc."]
     parts += ["perception.encoder."] * any(n.startswith("perception.encoder.") for n in trains)
     parts += [] if salm.cfg.model.pretrained_weights else ["perception.", "llm."]
@@ -647,7 +676,12 @@ def saved_state(salm):
 
 
 def load_saved(salm, weights, where):
-    """Weights of saved_names, LoRA apart if they lack it, into a model that is not cut yet."""
+    """Weights of saved_names, LoRA apart if they lack it, into a model that is not cut yet; what
+    they hold beyond it is saved with it from now on."""
+    own = salm.state_dict()
+    wrapped = {name: re.sub(r"\.(\w+)$", r".base_layer.\1", name) for name in weights}
+    weights = {wrapped[n] if wrapped[n] in own else n: value for n, value in weights.items()}
+    salm.inherited |= weights.keys()
     missing, unknown = salm.load_state_dict(weights, strict=False)
     lacking = [n for n in set(missing) & set(saved_names(salm)) if n.startswith("perception.m")]
     if unknown or lacking:
@@ -657,47 +691,62 @@ def load_saved(salm, weights, where):
 def wrap(salm, cfg, world):
     """The module whose forward pass is called: under DDP, cut by FSDP2, or as it is."""
     if cfg.trainer.strategy == "fsdp2":
+        scalars = {p for p in salm.parameters() if not p.ndim}  # FSDP cannot cut them
+        if any(p.requires_grad for p in scalars):
+            raise model.UserError("trainer.strategy=fsdp2: freeze perception.ctc")
         for layer in salm.llm.model.layers:
             fully_shard(layer)
-        return fully_shard(salm)
+        return fully_shard(salm, ignored_params=scalars)
     if world > 1:
         return nn.parallel.DistributedDataParallel(salm, broadcast_buffers=False)
     return salm
 
 
+def request_id(row, item, cfg):
+    """What the answer to a written request depends on, but the LLM."""
+    system = (item.get("tags") or {}).get("system_prompt") or cfg.data.system_prompt
+    prompt = row["prompt"] or (item.get("tags") or {}).get("context") or ""
+    return model.hash_text([system, prompt, row["target"], cfg.data.answer_tokens])
+
+
 @torch.no_grad()
-def answer_requests(salm, cfg, folder, rank, world):
-    """{key: the LLM's own answer to the written request} of all spoken_requests; answers.jsonl
-    keeps them, so that a later start asks for new ones only."""
-    path, wanted, known = folder / "answers.jsonl", {}, {}
+def answer_requests(salm, cfg, folder, run):
+    """{request_id: the LLM's own answer to the written request} of all spoken_requests;
+    answers.jsonl keeps them, so that a later start asks for new ones only."""
+    path, wanted, known, found = folder / "answers.jsonl", {}, {}, []
+    llm, tag = salm.llm, cfg.model.audio_locator_tag
     if path.is_file():
         rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        known = {row["key"]: row["answer"] for row in rows}
+        known = {r["id"]: r["answer"] for r in rows if r["llm"] == llm.identity["weights"]}
     for conf in (cfg.data.train_ds, *cfg.data.validation_ds.datasets.values()):
         for item in conf.get("input_cfg") or []:
-            files = item["manifest_filepath"] if item.get("type") == "spoken_requests" else []
+            files = item.get("manifest_filepath", []) if item.get("type") == TYPES[3] else []
             for spec in model.as_list(files):
-                texts = open_manifest(spec, folder.parent / "manifests")
-                texts = dict(zip(texts["key"], texts["target"], strict=True))
-                wanted |= {key: text for key, text in texts.items() if key not in known}
-    keys, found, llm = sorted(wanted, key=lambda k: len(wanted[k]))[rank::world], [], salm.llm
+                rows = open_manifest(spec, folder.parent / "manifests")
+                found_in = list_conversations(spec, item, cfg, {}, folder.parent / "manifests")
+                for row, (key, _, turns, _) in zip(rows, found_in, strict=True):
+                    name, text = request_id(row, item, cfg), row["target"]
+                    if text and name not in known:
+                        wanted[name] = key, [(r, t.replace(tag, text)) for r, t in turns[:-1]]
+    names = sorted(wanted, key=lambda name: len(wanted[name][1][-1][1]))[run.rank :: run.world]
     nothing = torch.zeros(0, 1, llm.config.hidden_size, device=llm.device), torch.zeros(0).long()
-    system = [] if cfg.data.system_prompt is None else [("system", cfg.data.system_prompt)]
-    for first in tqdm(range(0, len(keys), 32), "answers", disable=rank > 0 or None):
-        part = keys[first : first + 32]
-        rows = [[*system, ("user", wanted[key])] for key in part]
-        rows = [render(salm.tokenizer, row, "\0", answer=True)[0] for row in rows]
-        spliced = model.splice_rows(llm.get_input_embeddings(), rows, *nothing, pad_left=True)
-        with without_lora(llm):
+    for first in tqdm(range(0, len(names), 32), "answers", disable=run.rank > 0 or None):
+        part = names[first : first + 32]
+        rows = [render(salm.tokenizer, wanted[name][1], "\0", answer=True)[0] for name in part]
+        with run.amp, without_lora(llm):
+            inputs = llm.get_input_embeddings(), rows, *nothing
+            spliced = model.splice_rows(*inputs, pad_left=True)
             caps = [cfg.data.answer_tokens] * len(part)
             ids = model.greedy_decode(llm, spliced, salm.stop_id, caps)
         found += zip(part, salm.tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True)
-    parts = [found] * world
-    if world > 1:
+    parts = [found] * run.world
+    if run.world > 1:
         dist.all_gather_object(parts, found)
-    known |= {key: text.strip() for part in parts for key, text in part}
-    if rank == 0 and known:
-        model.save(path, [{"key": key, "answer": text} for key, text in known.items()])
+    known |= {name: text.strip() for part in parts for name, text in part}
+    if run.rank == 0 and known:
+        about = {"llm": llm.identity["weights"]}
+        rows = [about | {"id": name, "answer": text} for name, text in known.items()]
+        model.save(path, [row | {"key": wanted.get(row["id"], ("",))[0]} for row in rows])
     return known
 
 
@@ -711,6 +760,9 @@ def evaluate(wrapped, salm, sets, run, swap=False):
     swap: each hears the recordings of another one, half a set away.
     """
     salm.eval()
+    for part in salm.modules() if run.world > 1 else ():  # process 0's statistics, which are saved
+        for value in part.buffers() if isinstance(part, nn.BatchNorm1d) else ():
+            dist.broadcast(value, 0)
     conf, scores, lines = salm.cfg.data.validation_ds, {}, []
     whole_set = salm.cfg.trainer.strategy == "fsdp2"  # each forward pass needs all processes
     rank, world = (0, 1) if whole_set else (run.rank, run.world)
@@ -719,9 +771,10 @@ def evaluate(wrapped, salm, sets, run, swap=False):
         chosen = np.unique(np.linspace(0, last, conf.decode_clips or last + 1).astype(int)).tolist()
         audio, swapped = {n: json.loads(rows[n]["audio"]) for n in chosen}, {}
         if swap:
-            flat = [*itertools.chain(*audio.values())]
-            flat = iter(flat[len(flat) // 2 :] + flat[: len(flat) // 2])
-            swapped = {n: [next(flat) for _ in clips] for n, clips in audio.items()}
+            own = {recording(clip, data): clip for clips in audio.values() for clip in clips}
+            half, clips = len(own) // 2, [*own.values()]
+            other = dict(zip(own, clips[half:] + clips[:half], strict=True))
+            swapped = {n: [other[recording(c, data)] for c in audio[n]] for n in chosen}
         own = Conversations(rows, data.encoder, data.cache_dir, swapped=swapped)
         order = sorted(chosen, key=rows["positions"].__getitem__)[rank::world]  # little padding
         places = range(0, len(order), conf.batch_size)
@@ -753,6 +806,12 @@ def evaluate(wrapped, salm, sets, run, swap=False):
     return scores, lines
 
 
+def recording(clip, data):
+    """What tells two recordings apart."""
+    row = clip_row(clip, data.cache_dir)
+    return row.get("source") or row["key"], row.get("start"), row.get("channel")
+
+
 def set_scores(lines, sums):
     labels = max(1, sums["labels"])
     pairs = [(line["target"], line["text"]) for line in lines if not line["reason"]]
@@ -780,6 +839,10 @@ def refusals(cfg):
         if adapter.feat_in not in (-1, width):
             said = f"modality_adapter.feat_in={adapter.feat_in}: that encoder has {width}"
             found.append((said, "model.perception.modality_adapter.feat_in=-1"))
+    elif width is None and "/" not in name and not Path(name).exists():
+        usable = ", ".join(NEMO)
+        found.append((f"pretrained_asr={name}: no such folder, and none of {usable}",
+                      "model.pretrained_asr=nvidia/parakeet-ctc-0.6b"))  # fmt: skip
     for part in ("encoder", "modality_adapter"):
         given = perception[part].conv_context_size
         if given == "regular" or part == "encoder" and given is not None:
@@ -823,7 +886,7 @@ def check(cfg, say, verbose):
         f"{adapter}.self_attention_model": ("rel_pos", "abs_pos"),
         f"{adapter}.att_context_style": ("regular", "chunked_limited"),
         f"{adapter}.conv_norm_type": ("batch_norm", "layer_norm"),
-        "model.perception.speech": ("frames", "ctc"),
+        "model.perception.speech": ("", "frames", "ctc"),
         "trainer.strategy": ("auto", "ddp", "fsdp2"),
         "trainer.accelerator": ("auto", "cpu", "gpu", "cuda"),
         "trainer.precision": ("bf16-true", "bf16-mixed", "bf16", "32-true", "32"),
@@ -835,7 +898,16 @@ def check(cfg, say, verbose):
     if max(cfg.loss.ce_weight, cfg.loss.distill_weight) <= 0:
         raise model.UserError("loss: ce_weight or distill_weight has to be over 0")
     model.at_least(1, cfg, "data.train_ds.batch_size", "trainer.accumulate_grad_batches",
-                   f"{adapter}.subsampling_factor", "loss.distill_top_k")  # fmt: skip
+                   f"{adapter}.subsampling_factor", f"{adapter}.n_heads", "loss.distill_top_k",
+                   "data.validation_ds.batch_size")  # fmt: skip
+    for name, part in cfg.data.validation_ds.datasets.items():
+        known = {"manifest_filepath", "input_cfg"}
+        if not OmegaConf.is_dict(part) or set(part) - known:
+            raise model.UserError(f"validation_ds.datasets.{name}: expected one of {known}")
+    known = {"step", *names}
+    for name in re.findall(r"\{(\w+)", cfg.exp_manager.checkpoint_callback_params.filename):
+        if name not in known:
+            raise model.UserError(f"{score}.filename: {name} is none of step and scores")
     if cfg.trainer.strategy == "fsdp2" and "RANK" not in os.environ:
         raise model.UserError("trainer.strategy=fsdp2: start with torchrun")
 
@@ -851,17 +923,28 @@ def list_data(cfg, salm, folder, answers, rank):
         sets[name] = Conversations(read_conversations(conf, *rest), encoder, cache_dir)
     if rank == 0 and dist.is_initialized():
         dist.barrier()
-    most, dropped, kept = cfg.data.train_ds.max_tokens, [], []
-    most = min(most, cfg.data.train_ds.batch_tokens or most)
-    for n, row in enumerate(train.select_columns(["where", "reason", "positions", "key"])):
-        over = f"{row.pop('positions')} LLM positions, over max_tokens or batch_tokens={most}"
-        row["reason"] = row["reason"] or over * (train[n]["positions"] > most)
-        (dropped if row["reason"] else kept).append(row if row["reason"] else n)
+    conf, dropped, kept = cfg.data.train_ds, [], []
+    most = min(conf.max_tokens, conf.batch_tokens or conf.max_tokens)
+    longest = conf.batch_duration if conf.batch_duration and not conf.batch_tokens else math.inf
+    names = ["where", "reason", "positions", "key", "seconds"]
+    for n, row in enumerate(train.select_columns(names)):
+        over = f"over max_tokens or batch_tokens={most}" * (row["positions"] > most)
+        over = over or f"over batch_duration={longest}" * (row["seconds"] > longest - 0.02)
+        if reason := row["reason"] or over:
+            dropped.append({"key": row["key"], "where": row["where"], "reason": reason})
+        else:
+            kept.append(n)
+    for data in sets.values():
+        rows = data.rows.select_columns(["key", "where", "reason"])
+        broken = [row for row in rows if row["reason"]]
+        dropped += broken
+        kept = kept if len(broken) < len(data.rows) else []
     if rank == 0:
         model.save(folder / "dropped.jsonl", dropped)
-    if len(dropped) > cfg.data.train_ds.max_dropped or not kept:
+    if len(dropped) > conf.max_dropped or not kept:
         last = f"the last is {dropped[-1]['where']}: {dropped[-1]['reason']}"
-        raise model.UserError(f"{len(dropped)} conversations cannot be used; {last}")
+        said = f"if files have come since, delete {cache_dir}"
+        raise model.UserError(f"{len(dropped)} conversations cannot be used; {last}; {said}")
     return Conversations(train.select(kept), encoder, cache_dir, rank), dropped, sets
 
 
@@ -901,7 +984,7 @@ def main(cfg, check_only=False):
     check(cfg, print if os.environ.get("RANK", "0") == "0" else lambda *_: None, check_only)
     name = {"auto": "auto", "cpu": "cpu"}.get(conf.accelerator, "cuda")
     dtype, instead = "fp32" if conf.precision[:2] == "32" else "auto", "trainer.precision=32-true"
-    device, dtype, rank, world = model.start(name, dtype, without_bf16=instead)
+    device, dtype, rank, world = model.start(name, dtype, timedelta(hours=12), instead)
     if conf.devices not in (-1, world / conf.num_nodes):
         wanted = f"torchrun --nproc_per_node {conf.devices} --nnodes {conf.num_nodes}"
         raise model.UserError(f"trainer.devices: this is {world} processes; use {wanted}, or -1")
@@ -921,13 +1004,17 @@ def main(cfg, check_only=False):
     if keep.resume_if_exists and lacks:
         raise model.UserError(f"{folder}/last.pt: none; set resume_ignore_no_checkpoint=true")
     state = model.open_run(folder, cfg, identity, keep.resume_if_exists, rank, world)
-    answers = answer_requests(salm, cfg, folder, rank, world)
+    answers = answer_requests(salm, cfg, folder, run)
     train, dropped, sets = list_data(cfg, salm, folder, answers, rank)
     groups_of = functools.partial(batch_groups, train.rows, cfg.data.train_ds, world)
     groups, accum = len(groups_of(0)), conf.accumulate_grad_batches
-    total = min(conf.max_steps, int(conf.max_epochs or sys.maxsize) * groups // accum)
+    most = conf.max_steps if conf.max_steps >= 0 else sys.maxsize
+    total = min(most, int(conf.max_epochs or sys.maxsize) * groups // accum)
     interval = conf.val_check_interval
     interval *= (conf.limit_train_batches or groups) if interval <= 1 else 1
+    identity["data"] = {"conversations": model.hash_text([*train.rows["key"]])}
+    if state:
+        model.check_identity(state["identity"], identity, folder / "last.pt")
     begin = {"step": 0, "epoch": 0, "used": 0, "kept": [], "spent": 0.0}
     step, epoch, used, kept, spent = ((state or begin)[name] for name in begin)
     first_step = step
@@ -1003,7 +1090,9 @@ def keep_best(kept, scores, salm, cfg, folder, rank):
     conf, weights = cfg.exp_manager.checkpoint_callback_params, saved_state(salm)
     if not cfg.exp_manager.create_checkpoint_callback:
         return kept
-    score = scores.get(conf.monitor, math.inf) * (1 if conf.mode == "min" else -1)
+    if conf.monitor not in scores:
+        raise model.UserError(f"monitor={conf.monitor}: is none of {', '.join(scores)}")
+    score = scores[conf.monitor] * (1 if conf.mode == "min" else -1)
 
     def written(match):
         return f"{match[1]}={format(scores.get(match[1], ''), match[2] or '')}"
@@ -1015,9 +1104,9 @@ def keep_best(kept, scores, salm, cfg, folder, rank):
             save_results(salm, weights, cfg, folder)
         if [score, name] in new:
             model.save(folder / name, weights)
-        for _, old in (item for item in kept if item not in new):
+        for old in {file for _, file in kept} - {file for _, file in new} - {""}:
             (folder / old).unlink(missing_ok=True)
-    return new
+    return new or [[min(score, *(s for s, _ in kept)), ""]]
 
 
 def note_dropped(folder, rows, known, cfg):
@@ -1057,6 +1146,10 @@ def save_results(salm, weights, cfg, folder):
     content = {"format": model.FORMAT, "script": "train_salm", "conf": OmegaConf.to_container(cfg)}
     content |= {"encoder": perception.encoder.identity, "llm": salm.llm.identity}
     content |= {"perception": perception.identity, "ctc_tokens": head and head.token_of}
+    first = [*cfg.data.train_ds.input_cfg, {}][0] if not cfg.data.train_ds.manifest_filepath else {}
+    content["prompt"] = (first.get("tags") or {}).get("context") or (
+        "" if first.get("type") == TYPES[3] else cfg.data.prompt
+    )  # where a row of infer.py has none
     model.save(folder / "config.json", content)
 
 
@@ -1065,7 +1158,7 @@ def load_listener(folder, cfg, device, dtype):
     recording; where it does not, they stand behind it."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     own, tag = OmegaConf.create(config["conf"]), config["conf"]["model"]["audio_locator_tag"]
-    own.model.init_from = str(folder)
+    own.model.init_from, own.model.lora = str(folder), None  # LoRA lies in the folder
     own.model.pretrained_asr = cfg.encoder.name or config["encoder"]["name"]
     own.model.pretrained_llm = cfg.llm.name or config["llm"]["name"]
     salm = model.freeze(build(own, dtype, device))
@@ -1076,7 +1169,7 @@ def load_listener(folder, cfg, device, dtype):
         return model.Heard(speech, lens, lens), None
 
     def prompt(row):
-        text, count = cfg.prompt or row.get("prompt") or own.data.prompt, row.get("recordings", 1)
+        text, count = cfg.prompt or row.get("prompt") or config["prompt"], row.get("recordings", 1)
         text = text.replace("{language}", cfg.language or row.get("language") or "")
         text = text if tag in text else text + tag * count
         if text.count(tag) != count:
@@ -1086,6 +1179,7 @@ def load_listener(folder, cfg, device, dtype):
     return SimpleNamespace(
         encoder=salm.perception.encoder, hear=hear, prompt=prompt, llm=salm.llm, read_ctc=None,
         tokenizer=salm.tokenizer, stop_id=salm.stop_id, ctc=None, about=f"SALM {folder}",
+        several=True,
     )  # fmt: skip
 
 

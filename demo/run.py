@@ -312,9 +312,9 @@ def bridge(cfg, stage, folder, done, *arguments):
 # ---- salm: train_salm.py ----------------------------------------------------
 
 TASKS = {  # what stands before, between and behind two recordings; how many to train on
-    "both": ("Transcribe both. First:", "Second:", "", 500),
-    "second": ("Transcribe only the second. First:", "Second:", "", 900),
-    "says": ("First:", "Second:", 'Which one says "{quote}"?', 1500),
+    "both": ("Transcribe both. First:", "Second:", "", 400),
+    "second": ("Transcribe only the second. First:", "Second:", "", 700),
+    "says": ("First:", "Second:", 'Which one says "{quote}"?', 2200),
 }
 
 
@@ -340,8 +340,8 @@ def write_conversations(cfg, run, data):
     short = [row for row in rows if 0 < len(row["target"].split()) <= 8]
     train = [ask(task, rng.sample(short, 2), n) for task in TASKS for n in range(TASKS[task][3])]
     model.save(run / "train.jsonl", train)
-    model.save(run / "single.jsonl", {row["key"]: row for row in rng.sample(rows, 600)}.values())
-    asked = {row["key"]: row for row in real + rng.sample(short, 400)}
+    model.save(run / "single.jsonl", {row["key"]: row for row in rng.sample(rows, 500)}.values())
+    asked = {row["key"]: row for row in rng.sample(short, 400)}
     model.save(run / "requests.jsonl", asked.values())
     test = read_rows(f"{data}/test.jsonl")
     rng.shuffle(test)
