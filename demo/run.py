@@ -82,6 +82,7 @@ def config_of(cfg, name):
     """demo/configs/NAME.yaml with this demo's folder in place of runs/demo."""
     text = (ROOT / "demo/configs" / f"{name}.yaml").read_text(encoding="utf-8")
     path = Path(cfg.run) / f"{name}.yaml"
+    text = text.replace("runs/demo/salm/", f"{cfg.run}/")  # what this run has written itself
     model.save(path, text.replace("runs/demo/", f"{cfg.home}/"))
     return str(path)
 
