@@ -82,8 +82,9 @@ def config_of(cfg, name):
     """demo/configs/NAME.yaml with this demo's folder in place of runs/demo."""
     text = (ROOT / "demo/configs" / f"{name}.yaml").read_text(encoding="utf-8")
     path = Path(cfg.run) / f"{name}.yaml"
-    text = text.replace("runs/demo/salm/", f"{cfg.run}/")  # what this run has written itself
-    model.save(path, text.replace("runs/demo/", f"{cfg.home}/"))
+    parts = text.split("runs/demo/salm/")  # what this run has written itself
+    parts = [part.replace("runs/demo/", f"{cfg.home}/") for part in parts]
+    model.save(path, f"{cfg.run}/".join(parts))
     return str(path)
 
 
