@@ -63,7 +63,8 @@ DEFAULTS = """
 # The release's values. A key marked + is not FunASR's, - changes nothing, = has only this value.
 # `<<: {...}`, YAML's merge key, puts its keys into the section around it: several on one line.
 model: FunASRNano        # hub name or folder of the whole model, where init_param is null
-init_param: null         # model.pt, its folder, or + transformers', or a run folder to go on from
+init_param: null         # model.pt, its folder, or + transformers', or a run folder of this
+                         # script or of train_phase2.py to go on from
 model_conf:
   lsm_weight: 0.1        # label smoothing of the cross-entropy
   length_normalized_loss: true  # losses per label; false: per clip
@@ -553,6 +554,26 @@ CONTEXT += "**上下文信息：**\n\n\n"
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 
 
+class AdaptedLLM(FunASRNano):
+    """A model of train_phase2.py in the place of Fun-ASR-Nano: encoder, AudioAdaptor, CTC head over
+    the LLM's tokens (or None), LLM. CTC reads what the LLM reads, so both train the adaptor."""
+
+    def __init__(self, encoder, adaptor, llm, ctc, speech):
+        super().__init__(encoder, adaptor, llm, ctc=ctc)
+        self.speech = speech
+
+    def listen(self, enc, lens):
+        heard = model.hear(self.audio_adaptor, self.ctc, enc, lens, self.speech, read_ctc=False)
+        return heard.speech, heard.speech_lens
+
+    def ctc_log_probs(self, enc, lens):
+        emb, lens = self.audio_adaptor(enc, lens)
+        return self.ctc(emb), lens
+
+    def hear(self, enc, lens):
+        return model.hear(self.audio_adaptor, self.ctc, enc, lens, self.speech)
+
+
 @functools.lru_cache(1024)
 def nano_prompt(tokenizer, hotwords="", language="", instruction="", itn=True):
     """The prompt of FunASR's inference, as (before, after) token ids around the audio.
@@ -679,6 +700,42 @@ def load_nano(parts, conf, llm_dtype, with_llm, with_ctc):
     load_tensors(nano, weights, parts.base)
 
 
+def load_adapted(parts, config, llm_dtype):
+    """The model of a run folder of train_phase2.py; prompt, targets and CTC classes as there."""
+    folder, settings, found = Path(parts.base), config["settings"], config["encoder"]
+    options = {key: found[key] for key in ("language", "text_norm", "pad_to_30s") if key in found}
+    options["keep_query_frames"] = found.get("query_frames", False)
+    encoder, lora = model.load_encoder(found["name"], **options), folder / "lora"
+    lora = lora if lora.is_dir() else None
+    llm, tokenizer = model.load_llm(config["llm"]["name"], llm_dtype, lora=lora)
+    model.check_identity(config, {"encoder": encoder.identity, "llm": llm.identity}, folder)
+    table, path = llm.get_input_embeddings().weight, folder / "adaptor_phase2_final.pt"
+    adaptor = model.AudioAdaptor(encoder.width, table.shape[1], **config["adaptor"])
+    model.load_weights(adaptor, model.read_weights(path), path)
+    ctc = None
+    if (head := folder / "ctc_head.pt").is_file():
+        ctc = model.CTCHead.load(head, table)
+        parts.ctc_tokenizer = SimpleNamespace(
+            encode=lambda text: ctc.classes(model.text_to_ids(tokenizer, [text])[0]),
+            decode=lambda path: tokenizer.decode(ctc.tokens(path)).strip(), symbols=None,
+        )  # fmt: skip
+    parts.nano = AdaptedLLM(encoder, adaptor, llm, ctc, settings["speech"])
+    parts.frontend, parts.tokenizer, parts.random_ctc = encoder, tokenizer, False
+    parts.base_hash = model.hash_tensors(adaptor.state_dict() | parts.nano.llm.state_dict())
+    parts.stop = model.end_of_turn(tokenizer)
+
+    def prompt(hotwords, language, instruction, itn):
+        rest = language or None, hotwords or None, settings["system"]
+        return model.build_prompt(tokenizer, instruction or settings["prompt"], *rest)
+
+    def encode(text):
+        text = model.normalize_text(text) if settings["normalize"] else text
+        return model.text_to_ids(tokenizer, [text])[0]
+
+    parts.prompt, parts.encode = prompt, encode
+    parts.positions = lambda frames: adaptor.out_lens(encoder.num_frames(160 * frames + 240))
+
+
 def load_parts(conf, start, llm_dtype, with_llm, with_ctc=False, texts=(), moved=""):
     """Load a model, and what a run has changed in it.
 
@@ -694,7 +751,12 @@ def load_parts(conf, start, llm_dtype, with_llm, with_ctc=False, texts=(), moved
     base = str(moved or run.get("base") or start)
     base = str(Path(base).resolve()) if Path(base).exists() else base
     parts = SimpleNamespace(base=base, tokenizer=None, ctc_tokenizer=None, first=first)
-    if conf["audio_encoder"] == SANM:
+    path = Path(base) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    parts.positions = lambda frames: llm_positions(-(-frames // model.LFR_N))  # frames of 10 ms
+    if config.get("script") == "train_phase2":
+        load_adapted(parts, config, llm_dtype)
+    elif conf["audio_encoder"] == SANM:
         with_ctc = with_ctc or "ctc.ctc_lo.weight" in first
         with model.loading(Path(base).parent):
             load_nano(parts, conf, llm_dtype, with_llm, with_ctc)
@@ -709,7 +771,15 @@ def load_parts(conf, start, llm_dtype, with_llm, with_ctc=False, texts=(), moved
     if run and run["base_hash"] != parts.base_hash:
         said = f"its hash is {parts.base_hash}, in training it was {run['base_hash']}"
         raise model.UserError(f"{base}: is not what {start} was trained on, {said}")
-    if parts.tokenizer and conf["llm_conf"].get("use_lora"):
+    if parts.tokenizer and not hasattr(parts, "prompt"):
+        plain = {"add_special_tokens": False, "split_special_tokens": True}
+        parts.prompt = functools.partial(nano_prompt, parts.tokenizer)
+        parts.encode = lambda text: parts.tokenizer(text, **plain)["input_ids"]
+        parts.stop = parts.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    own_lora = hasattr(getattr(parts.nano, "llm", None), "peft")  # of train_phase2.py
+    for name, p in parts.nano.llm.named_parameters() if own_lora else ():
+        p.requires_grad_("lora_" in name and conf["llm_conf"].get("use_lora", False))
+    if parts.tokenizer and conf["llm_conf"].get("use_lora") and not own_lora:
         import peft
 
         lora = conf["llm_conf"]["lora_conf"]
@@ -827,8 +897,6 @@ def ctc_text(text, cfg):
 def read_clips(specs, kind, cfg, parts, training):
     """Clips with labels, lengths by the files' headers, and the reason why one is left out."""
     conf, tokenizer, clips = cfg.dataset_conf, parts.tokenizer, []
-    plain = {"add_special_tokens": False, "split_special_tokens": True}
-    stop = tokenizer and tokenizer("<|im_end|>", add_special_tokens=False)["input_ids"]
     for rows, number, row in list_rows(specs, cfg):
         source, target = row.get("source") or row["where"], (row["target"] or "").strip()
         fields = ("hotwords", "asr_hotwords")
@@ -841,7 +909,7 @@ def read_clips(specs, kind, cfg, parts, training):
         untold = row["target"] is None or cfg.distill_weight and kind == "simulated"
         clip.silent = not (target or untold) and conf.empty_targets == "keep"
         if tokenizer and (target or clip.silent):
-            clip.ids = (tokenizer(target, **plain)["input_ids"] if target else []) + stop
+            clip.ids = [*(parts.encode(target) if target else []), parts.stop]
         if parts.ctc_tokenizer:
             clip.classes = parts.ctc_tokenizer.encode(ctc_text(target, cfg))
         labels = len(clip.ids) or len(clip.classes)
@@ -849,8 +917,8 @@ def read_clips(specs, kind, cfg, parts, training):
         slowest = clip.frames / min(conf.speed_perturb)
         clip.length = slowest + labels * (conf.batch_type == "token")
         if tokenizer and conf.batch_type != "example":  # LLM positions, in the same currency
-            prompt = sum(map(len, nano_prompt(tokenizer, *clip.prompt))) + training * parts.extra
-            positions = llm_positions(-(-slowest // model.LFR_N)) + prompt + labels
+            prompt = sum(map(len, parts.prompt(*clip.prompt))) + training * parts.extra
+            positions = parts.positions(math.ceil(slowest)) + prompt + labels
             clip.length = max(clip.length, positions * conf.batch_size / conf.batch_size_token_max)
         limits = {
             "shorter than 25 ms": clip.frames < 1,
@@ -870,19 +938,19 @@ def read_clips(specs, kind, cfg, parts, training):
 def silence_clips(count, cfg, parts, hotwords=0):
     """Made-up clips of 0.2 to 20 s; `hotwords` in the prompt of every other one."""
     rng, clips, tokenizer = random.Random(f"{cfg.seed} silence {count}"), [], parts.tokenizer
-    stop = tokenizer and tokenizer("<|im_end|>", add_special_tokens=False)["input_ids"]
+    stop = [parts.stop] if tokenizer else ()
     rest = ("", "", cfg.dataset_conf.prompt_conf.itn)
     longest = min(20.0, batch_limits(cfg)[0] / 200, cfg.dataset_conf.max_token_length / 110)
     for n in range(count):
         seconds = math.exp(rng.uniform(math.log(0.2), math.log(longest)))
         clip = Clip(f"silence-{n}", "", None, "", "silence", ("", *rest), seconds, silent=True)
-        clip.frames, clip.ids = model.fbank_frames(round(seconds * 16000)), stop or ()
+        clip.frames, clip.ids = model.fbank_frames(round(seconds * 16000)), stop
         if hotwords and n % 2:
             clip.prompt = draw_hotwords(clip, parts.pools, hotwords, rng), *rest
         clip.length = clip.frames + len(clip.ids)
         if tokenizer:
-            prompt = sum(map(len, nano_prompt(tokenizer, *clip.prompt))) + parts.extra
-            positions = llm_positions(-(-clip.frames // model.LFR_N)) + prompt + 1
+            prompt = sum(map(len, parts.prompt(*clip.prompt))) + parts.extra
+            positions = parts.positions(clip.frames) + prompt + 1
             scale = cfg.dataset_conf.batch_size / cfg.dataset_conf.batch_size_token_max
             clip.length = max(clip.length, positions * scale)
         clips.append(clip)
@@ -1083,7 +1151,7 @@ class Finetune(nn.Module):
 
     def __init__(self, parts, cfg):
         super().__init__()
-        self.nano, self.tokenizer, self.cfg, self.original = parts.nano, parts.tokenizer, cfg, None
+        self.nano, self.parts, self.cfg, self.original = parts.nano, parts, cfg, None
         if cfg.distill_weight:
             self.original = model.freeze(copy.deepcopy(parts.nano.audio_encoder))
         losses = {"ce": (cfg.llm_weight, self.nano.llm), "ctc": (cfg.ctc_weight, self.nano.ctc)}
@@ -1099,7 +1167,7 @@ class Finetune(nn.Module):
         sums = {"ce": zero, "right": 0, "ctc": zero, "impossible": 0, "distill": zero}
         if "ce" in self.weights:
             embed, speech = nano.llm.get_input_embeddings(), nano.listen(enc, lens)
-            prompts = [nano_prompt(self.tokenizer, *clip.prompt) for clip in clips]
+            prompts = [self.parts.prompt(*clip.prompt) for clip in clips]
             spliced = model.splice(embed, prompts, *speech, [clip.ids for clip in clips])
             smoothing = self.cfg.model_conf.lsm_weight if self.training else 0.0
             sums["ce"], _, sums["right"] = model.transcript_loss(nano.llm, spliced, smoothing)
@@ -1130,6 +1198,7 @@ def check_losses(tuner, say):
         trains |= {name} if count else set()
     reach = {"ce": {"audio_encoder", "audio_adaptor", "llm"}, "distill": {"audio_encoder"}}
     reach["ctc"] = {*CTC} if tuner.cfg.detach_ctc_decoder else {*CTC, "audio_encoder"}
+    reach["ctc"] |= {"audio_adaptor"} if isinstance(tuner.nano, AdaptedLLM) else set()
     for name, weight in tuner.weights.items():
         reached |= reach[name] & trains
         say(f"{name} (weight {weight:g}) trains {sorted(reach[name] & trains)}")
@@ -1282,14 +1351,14 @@ def cell(value):
 
 def transcribe(tuner, heard, clips):
     """Greedy transcripts of the LLM; None where there is none."""
-    llm, tokenizer = tuner.nano.llm, tuner.tokenizer
+    llm, tokenizer = tuner.nano.llm, tuner.parts.tokenizer
     if llm is None:
         return [None] * len(clips)
     embed, speech = llm.get_input_embeddings(), (heard.speech, heard.speech_lens)
-    prompts = [nano_prompt(tokenizer, *clip.prompt) for clip in clips]
+    prompts = [tuner.parts.prompt(*clip.prompt) for clip in clips]
     spliced = model.splice(embed, prompts, *speech, pad_left=True)
     caps = [model.token_cap(clip.seconds) for clip in clips]
-    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    stop = tuner.parts.stop
     answers = model.greedy_decode(llm, spliced, stop, caps)
     return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
@@ -1542,7 +1611,7 @@ def load_listener(folder, cfg, device, dtype):
         given = {"hotwords": cfg.hotwords, "language": cfg.language, "prompt": cfg.prompt}
         row = row | {key: value for key, value in given.items() if value}
         itn = conf.get("dataset_conf", {}).get("prompt_conf", {}).get("itn", True)
-        return nano_prompt(tokenizer, *row_prompt(row, itn=itn))
+        return parts.prompt(*row_prompt(row, itn=itn))
 
     def spell(text):
         found, known, classes = [], "", ctc.encode(text)
@@ -1552,10 +1621,11 @@ def load_listener(folder, cfg, device, dtype):
             known = so_far
         return found
 
-    stack = nano.ctc_decoder.stack if nano.ctc_decoder is not None else 1
+    adapted = isinstance(nano, AdaptedLLM)
+    stack = (nano.audio_adaptor if adapted else nano.ctc_decoder or SimpleNamespace(stack=1)).stack
     return SimpleNamespace(
         encoder=parts.frontend, hear=hear, prompt=prompt, llm=nano.llm, tokenizer=tokenizer,
-        stop_id=tokenizer and tokenizer.convert_tokens_to_ids("<|im_end|>"), spell=spell,
+        stop_id=tokenizer and parts.stop, spell=spell, ctc=nano.ctc if adapted else None,
         read_ctc=ctc and (lambda path: ctc.decode(path).strip()), blank=ctc and nano.ctc.blank,
         position_s=stack * parts.frontend.frame_ms / 1000, about=f"{folder}, {parts.base}",
     )  # fmt: skip

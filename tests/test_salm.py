@@ -566,3 +566,93 @@ def test_pad_may_be_eos(world, qwen3_folder, tmp_path):
     pairs = zip((one, two), batches, strict=True)
     sums = [salm.eval()(batch.feats, batch) for salm, batch in pairs]
     assert sums[0]["ce"] == sums[1]["ce"]
+
+
+def test_a_changed_folder_of_clips_is_read_again(world, tmp_path):
+    kaldi = tmp_path / "kaldi"
+    kaldi.mkdir()
+    names = [Path(clip["source"]).stem for clip in world.clips]
+
+    def list_them(names):
+        lines = [f"{name} {world.folder}/wavs/{name}.wav\n" for name in names]
+        (kaldi / "wav.scp").write_text("".join(lines))
+        (kaldi / "text").write_text("".join(f"{name} {name}\n" for name in names[1:]))
+        ts.open_manifest.cache_clear()  # another start
+        _, _, data = build(world, f"data.train_ds.manifest_filepath={kaldi}")
+        clips = [json.loads(audio)[0] for audio in data.rows["audio"]]
+        heard = [Path(ts.clip_row(clip, data.cache_dir)["source"]).stem for clip in clips]
+        assert heard == data.rows["key"][:] == names
+        return data.rows["reason"][:]
+
+    assert list_them(names[2:5]) == ["no answer", "", ""]  # no transcript is no silence
+    assert list_them(names[:5]) == ["no answer", "", "", "", ""]
+
+
+def test_what_a_template_drops_of_an_answer_is_refused(tokenizer):
+    thinks = copy.deepcopy(tokenizer)
+    thinks.chat_template = tokenizer.chat_template.replace(
+        "message.content + '<|im_end|>", "message.content.split('</think>')[-1] + '<|im_end|>")
+    turns = [("user", "please <a>"), ("assistant", "<think>\nhm\n</think>\n\none")]
+    with pytest.raises(ValueError, match="drops or repeats a part"):
+        ts.render(thinks, turns, "<a>")
+    _, labels = ts.render(tokenizer, turns, "<a>")
+    assert tokenizer.decode([x for x in labels if x >= 0]).endswith("one<|im_end|>")
+
+
+def test_segments_sides_and_the_first_second_are_heard():
+    heard = [turn("User", "a.wav", "audio", offset=0, duration=2.0, channel=0)]
+    row = {"conversations": [*heard, turn("Assistant", "x")]}
+    (clip,) = ts.json_turns(row, "<audio>", "")[1]
+    assert (clip["start"], clip["end"], clip["channel"]) == (0.0, 2.0, "0")
+
+
+def test_the_control_never_plays_the_right_recording(world):
+    twice = [json.loads(line) for line in world.manifest.read_text().splitlines()]
+    rows = [row | {"key": f"{row['key']}-{n}", "prompt": f"{n}:"} for n in (1, 2) for row in twice]
+    for row in rows:
+        row["source"] = str(world.folder / "wavs" / row["source"])
+    manifest = write(world.folder / "twice.jsonl", rows)
+    salm, cfg, data = build(world, EVEN, f"data.train_ds.manifest_filepath={manifest}")
+    seen, real = [], ts.Conversations.__getitem__
+
+    class Listening(ts.Conversations):
+        def __getitem__(self, place):
+            batch = real(self, place)
+            for n, row in zip(place[2][0], batch.rows, strict=True):
+                seen.append((self.swapped[n], row["audio"]))
+            return batch
+
+    amp = torch.autocast("cpu", enabled=False)
+    run = SimpleNamespace(device=torch.device("cpu"), amp=amp, rank=0, world=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ts, "Conversations", Listening)
+        ts.evaluate(salm, salm, {"a": data}, run, swap=True)
+    assert len(seen) == 16
+    for other, own in seen:
+        assert ts.recording(other[0], data) != ts.recording(own[0], data)
+
+
+def test_a_later_run_keeps_what_earlier_ones_have_trained(world, tmp_path):
+    first = "model.freeze_params=^llm\\.model\\.layers\\.0.+$ model.lora=null trainer.max_steps=1"
+    ts.main(config(world.run, first, f"exp_manager.explicit_log_dir={tmp_path}/one"))
+    one = torch.load(tmp_path / "one/salm.pt", weights_only=True)
+    chain = f"model.init_from={tmp_path}/one trainer.max_steps=1"
+    ts.main(config(world.run, chain, f"exp_manager.explicit_log_dir={tmp_path}/two"))
+    two = torch.load(tmp_path / "two/salm.pt", weights_only=True)
+    name = "perception.encoder.net.layers.0.fc1.weight"
+    assert torch.equal(one[name], two[name])
+    wrapped = "llm.model.layers.1.self_attn.q_proj"  # beside LoRA, which the first had not
+    assert torch.equal(one[f"{wrapped}.weight"], two[f"{wrapped}.base_layer.weight"])
+
+
+def test_two_processes_validate_with_the_statistics_that_are_saved(world, tmp_path):
+    rest = f"{world.run} trainer.strategy=fsdp2 loss.distill_weight=1 trainer.max_steps=6"
+    rest += " data.validation_ds.max_new_tokens=30 model.optimizer.lr=1e-2"
+    run_processes(ts.main, config(rest, f"exp_manager.explicit_log_dir={tmp_path}/run"))
+    rows = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    best = max((row for row in rows if "val_acc" in row), key=lambda row: row["val_acc"])
+    salm, cfg, data = build(world, f"model.init_from={tmp_path}/run model.lora=null")
+    amp = torch.autocast("cpu", enabled=False)
+    run = SimpleNamespace(device=torch.device("cpu"), amp=amp, rank=0, world=1)
+    scores, _ = ts.evaluate(salm, salm, {"pairs": data}, run)
+    assert scores["val_loss_pairs"] == pytest.approx(best["val_loss_pairs"], rel=1e-4)
