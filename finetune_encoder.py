@@ -702,19 +702,9 @@ def load_nano(parts, conf, llm_dtype, with_llm, with_ctc):
 
 def load_adapted(parts, config, llm_dtype):
     """The model of a run folder of train_phase2.py; prompt, targets and CTC classes as there."""
-    folder, settings, found = Path(parts.base), config["settings"], config["encoder"]
-    options = {key: found[key] for key in ("language", "text_norm", "pad_to_30s") if key in found}
-    options["keep_query_frames"] = found.get("query_frames", False)
-    encoder, lora = model.load_encoder(found["name"], **options), folder / "lora"
-    lora = lora if lora.is_dir() else None
-    llm, tokenizer = model.load_llm(config["llm"]["name"], llm_dtype, lora=lora)
-    model.check_identity(config, {"encoder": encoder.identity, "llm": llm.identity}, folder)
-    table, path = llm.get_input_embeddings().weight, folder / "adaptor_phase2_final.pt"
-    adaptor = model.AudioAdaptor(encoder.width, table.shape[1], **config["adaptor"])
-    model.load_weights(adaptor, model.read_weights(path), path)
-    ctc = None
-    if (head := folder / "ctc_head.pt").is_file():
-        ctc = model.CTCHead.load(head, table)
+    folder, settings = Path(parts.base), config["settings"]
+    encoder, adaptor, ctc, llm, tokenizer = model.load_phase2(folder, config, llm_dtype)
+    if ctc is not None:
         parts.ctc_tokenizer = SimpleNamespace(
             encode=lambda text: ctc.classes(model.text_to_ids(tokenizer, [text])[0]),
             decode=lambda path: tokenizer.decode(ctc.tokens(path)).strip(), symbols=None,

@@ -1619,6 +1619,27 @@ def load_llm(name, dtype=torch.float32, device="cpu", lora=None):
     return llm.to(device), tokenizer
 
 
+def load_phase2(folder, config, dtype, device="cpu", encoder="", llm=""):
+    """Encoder, adaptor, CTC head (or None), LLM with its LoRA, tokenizer: a run of train_phase2.py.
+
+    Input   config: its config.json; encoder, llm: names in place of those there.
+    """
+    found, lora, path = config["encoder"], folder / "lora", folder / "adaptor_phase2_final.pt"
+    options = {key: found[key] for key in ("language", "text_norm", "pad_to_30s") if key in found}
+    options["keep_query_frames"] = found.get("query_frames", False)
+    encoder = load_encoder(encoder or found["name"], **options)
+    lora = lora if lora.is_dir() else None
+    llm, tokenizer = load_llm(llm or config["llm"]["name"], dtype, device, lora)
+    identity = {"encoder": encoder.identity, "llm": llm.identity}
+    check_identity(config, identity, f"{folder} (give encoder.name or llm.name)")
+    table = llm.get_input_embeddings().weight
+    adaptor = AudioAdaptor(encoder.width, table.shape[1], **config["adaptor"])
+    load_weights(adaptor, read_weights(path), path)
+    head = folder / "ctc_head.pt"
+    ctc = CTCHead.load(head, table) if head.is_file() else None
+    return encoder.to(device), adaptor.to(device), ctc and ctc.to(device), llm, tokenizer
+
+
 def save_lora(llm, folder, weights=None):
     """LoRA as a PEFT folder, whose files are whole when they move there; weights: of the LLM's own
     state dict, where that is cut."""
