@@ -321,22 +321,14 @@ def load_listener(cfg, device, dtype):
 
 def load_adaptor_listener(folder, config, cfg, device, dtype):
     """The listener of train_phase2.py: encoder, adaptor, CTC head (or None), LLM with its LoRA."""
-    found, settings = config["encoder"], config["settings"]
-    options = {key: found[key] for key in ("language", "text_norm", "pad_to_30s") if key in found}
-    options["keep_query_frames"] = found.get("query_frames", False)
-    name, lora = cfg.encoder.name or found["name"], folder / "lora"
-    encoder = model.freeze(model.load_encoder(name, **options)).to(device)
-    lora = lora if lora.is_dir() else None
-    llm, tokenizer = model.load_llm(cfg.llm.name or config["llm"]["name"], dtype, device, lora)
-    loaded = {"encoder": encoder.identity, "llm": llm.identity}
-    model.check_identity(config, loaded, f"{folder} (give encoder.name or llm.name)")
-    table, path = llm.get_input_embeddings().weight, folder / "adaptor_phase2_final.pt"
-    adaptor = model.AudioAdaptor(encoder.width, table.shape[1], **config["adaptor"])
-    model.load_weights(adaptor, model.read_weights(path), path)
-    model.freeze(adaptor).to(device)
-    ctc, own_ctc = None, sensevoice_ctc(name, encoder, device)
-    if (path := folder / "ctc_head.pt").is_file():
-        ctc = model.freeze(model.CTCHead.load(path, table)).to(device)
+    name, settings = cfg.encoder.name or config["encoder"]["name"], config["settings"]
+    names = {"encoder_name": name, "llm_name": cfg.llm.name}
+    encoder, adaptor, ctc, llm, tokenizer = model.load_phase2(
+        folder, config, dtype, device, **names
+    )
+    for part in filter(None, (encoder, adaptor, ctc)):
+        model.freeze(part)
+    own_ctc = sensevoice_ctc(name, encoder, device)
 
     def hear(feats, lens):
         enc, lens = encoder(feats, lens)
