@@ -1598,9 +1598,9 @@ def load_llm(name, dtype=torch.float32, device="cpu", lora=None):
     return llm.to(device), tokenizer
 
 
-def load_phase2(folder, config, dtype=torch.float32, device="cpu", encoder_name="", llm_name=""):
-    """Parts of a run folder of train_phase2.py, whose config.json is `config`, all frozen but for
-    the adaptor and the CTC head: encoder, adaptor, CTC head (or None), LLM with its LoRA, tokenizer.
+def load_phase2(folder, config, dtype, device="cpu", encoder_name="", llm_name=""):
+    """Parts of a run folder of train_phase2.py, whose config.json is `config`, encoder,
+    adaptor, CTC head (or None), LLM with its LoRA, tokenizer. Of them only the LLM is frozen.
 
     encoder_name, llm_name: where they lie now, if not where the configuration says.
     """
