@@ -692,16 +692,16 @@ def load_adapted(parts, conf, llm_dtype, with_llm, config):
     """AdaptedLLM of a run folder of train_phase2.py; its LoRA goes on."""
     found = model.load_phase2(parts.base, config, llm_dtype, encoder_name=conf["audio_encoder"])
     encoder, adaptor, ctc, llm, tokenizer = found
-    own = {name: w for name, w in llm.state_dict().items() if "lora_" in name}
-    for name, p in llm.named_parameters():
-        p.requires_grad_("lora_" in name)
-    for part in (adaptor, ctc):
-        own |= part.state_dict() if part is not None else {}
+    if not isinstance(encoder, model.WhisperEncoder):
+        raise model.UserError(f"{parts.base}: only such a run on a Whisper goes on from audio")
+    own = {name: p for name, p in llm.named_parameters() if "lora_" in name}
+    for p in own.values():
+        p.requires_grad_(True)
+    own |= adaptor.state_dict() | (ctc.state_dict() if ctc is not None else {})
     hashes = [encoder.identity["weights"], llm.identity["weights"], model.hash_tensors(own)]
     parts.base_hash, parts.random_ctc = model.hash_text(hashes), False
     parts.frontend, parts.ctc_tokenizer = encoder, ctc and TokenCoder(tokenizer, ctc)
-    parts.tokenizer = tokenizer if with_llm else None
-    llm = llm if with_llm else None
+    llm, parts.tokenizer = (llm, tokenizer) if with_llm else (None, None)
     parts.nano = AdaptedLLM(encoder, adaptor, llm, ctc, config["settings"])
 
 
@@ -810,8 +810,7 @@ def load_parts(conf, start, llm_dtype, with_llm, with_ctc=False, texts=(), moved
     base = str(moved or run.get("base") or start)
     base = str(Path(base).resolve()) if Path(base).exists() else base
     parts = SimpleNamespace(base=base, tokenizer=None, ctc_tokenizer=None, first=first)
-    phase2 = read_phase2(base)
-    if phase2:
+    if phase2 := read_phase2(base):
         load_adapted(parts, conf, llm_dtype, with_llm, phase2)
     elif conf["audio_encoder"] == SANM:
         with_ctc = with_ctc or "ctc.ctc_lo.weight" in first

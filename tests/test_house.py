@@ -17,12 +17,12 @@ OF_CONFIG = {
     "precompute": "precompute", "phase1": "train_phase1", "phase2": "train_phase2",
     "infer": "infer", "stage1": "finetune_encoder", "telephone": "finetune_encoder",
     "telephone_8k": "finetune_encoder", "telephone_8k_from_hub": "finetune_encoder",
-    "steermoe": "train_steermoe", "salm": "train_salm",
+    "steermoe": "train_steermoe", "salm": "train_salm", "telephone_llm": "finetune_encoder",
 }  # fmt: skip
 BUDGETS = {  # lines; tests/ and demo/ of all their files
     "model.py": 2330, "precompute.py": 300, "train_phase1.py": 455, "train_phase2.py": 480,
-    "infer.py": 885, "report.py": 150, "finetune_encoder.py": 1600, "train_steermoe.py": 840,
-    "train_salm.py": 1115, "merge.py": 315, "bench": 550, "demo": 960, "tests": 6500,
+    "infer.py": 885, "report.py": 150, "finetune_encoder.py": 1710, "train_steermoe.py": 840,
+    "train_salm.py": 1115, "merge.py": 315, "bench": 550, "demo": 980, "tests": 6640,
     "README.md": 260,
 }  # fmt: skip
 
