@@ -13,7 +13,8 @@ Loss    llm_weight x cross-entropy of the transcript through the LLM, smoothed b
         each summed over the step of all processes and divided by its labels (or frames)
 Input   the released folder (model.pt, multilingual.tiktoken, Qwen3-0.6B/); or a Whisper, which
         gets a CTC head over characters or words; or transformers' folder of Fun-ASR-Nano, which
-        has no CTC branch. Manifests, or FunASR's .list of .jsonl files
+        has no CTC branch; or a run.dir of train_phase2.py on Whisper, whose adaptor, CTC head and
+        LoRA go on. Manifests, or FunASR's .list of .jsonl files
 Output  output_dir/trained.pt (what has changed: the better of the best checkpoint and the average)
         and config.json, for infer.py and `merge`; step-*.pt, avg.pt, last.pt to resume; table.md,
         results.json, worst.txt, curves.png, dropped.jsonl; metrics.jsonl and TensorBoard events
@@ -63,8 +64,8 @@ DEFAULTS = """
 # The release's values. A key marked + is not FunASR's, - changes nothing, = has only this value.
 # `<<: {...}`, YAML's merge key, puts its keys into the section around it: several on one line.
 model: FunASRNano        # hub name or folder of the whole model, where init_param is null
-init_param: null         # model.pt, its folder, or + transformers', or a run folder of this
-                         # script or of train_phase2.py to go on from
+init_param: null         # model.pt, its folder, or + transformers', or a run folder to go on from,
+                         # of this script or of train_phase2.py
 model_conf:
   lsm_weight: 0.1        # label smoothing of the cross-entropy
   length_normalized_loss: true  # losses per label; false: per clip
@@ -208,6 +209,7 @@ CODECS = {"mulaw": "ULAW", "alaw": "ALAW", "gsm": "GSM610"}  # libsndfile's name
 NOT_NANO = "not transformers' fun_asr_nano (5.24), or audio_encoder_conf has other sizes"
 SETS = ("telephone", "simulated", "clean")  # as it is, through the simulated line, clean speech
 DISTRACTORS = (0, 10, 100)  # hotwords that are not said beside those that are, in validation
+AGAIN = [f"hotwords{count}" for count in DISTRACTORS]  # kinds of clips, for read-outs alone
 ONLY_DISTRACTORS = 0.2  # share of the training clips with hotwords that are shown only others
 TONES = {  # Hz, and seconds on and off: of North America, and 450 Hz of China
     "dial": [(350, 440, 1, 0), (450, 450, 1, 0)], "busy": [(480, 620, 0.5, 0.5)] * 2,
@@ -219,10 +221,17 @@ TONES = {  # Hz, and seconds on and off: of North America, and 450 Hz of China
 def check(cfg, say, verbose):
     """Refuse what is not implemented or cannot work; say what changes nothing."""
     model.check_marked(cfg, DEFAULTS, say, verbose)
-    line = cfg.telephone_conf
+    line, start = cfg.telephone_conf, cfg.init_param or "none"
+    if phase2 := read_phase2(read_run(start).get("base") or start):
+        known = cfg.audio_encoder != SANM  # where the base's encoder lies now
+        cfg.audio_encoder = cfg.audio_encoder if known else phase2["encoder"]["name"]
+        cfg.dataset_conf.ctc_tokenizer = "llm"
+        say("note: a base of train_phase2.py: its prompt, its speech, CTC over the LLM's tokens")
+        if not cfg.llm_conf.freeze:
+            raise model.UserError("llm_conf.freeze=false: on such a base LoRA trains; set true")
     tokenizers = ("SenseVoiceTokenizer",)
     if cfg.audio_encoder != SANM:
-        tokenizers = ("char", "word")
+        tokenizers = ("llm",) if phase2 else ("char", "word")
         rest = "frontend_conf, llm_conf, audio_adaptor_conf and, but for freeze, audio_encoder_conf"
         say(f"note: a Whisper has its own front end and sizes; {rest} change nothing")
     for key, allowed in (
@@ -511,6 +520,8 @@ class FunASRNano(nn.Module):
     Source  funasr's model of that name, equal to it within 1e-4.
     """
 
+    ctc_through = ()  # what CTC's loss reaches besides its own branch and the encoder
+
     def __init__(self, encoder, adaptor=None, llm=None, ctc_decoder=None, ctc=None, low_rate=True):
         super().__init__()
         self.audio_encoder, self.audio_adaptor, self.llm = encoder, adaptor, llm
@@ -548,30 +559,87 @@ class FunASRNano(nn.Module):
             heard.paths = model.ctc_paths(best, heard.lens, self.ctc.blank)
         return heard
 
+    def prompt(self, tokenizer, *asked):
+        """Token ids before and after the speech, of what row_prompt gives."""
+        return nano_prompt(tokenizer, *asked)
 
-CONTEXT = "请结合上下文信息，更加准确地完成语音转写任务。如果没有相关信息，我们会留空。\n\n\n"
-CONTEXT += "**上下文信息：**\n\n\n"
-SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    def label_ids(self, tokenizer, text):
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def stop_id(self, tokenizer):
+        return tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+    def most_positions(self, frames):
+        """LLM positions of a clip of so many 10 ms frames, at most."""
+        return llm_positions(-(-frames // model.LFR_N))
+
+    def caps(self, heard, clips):
+        """Most tokens of each answer."""
+        return [model.token_cap(clip.seconds) for clip in clips]
 
 
 class AdaptedLLM(FunASRNano):
-    """A model of train_phase2.py in the place of Fun-ASR-Nano: encoder, AudioAdaptor, CTC head over
-    the LLM's tokens (or None), LLM. CTC reads what the LLM reads, so both train the adaptor."""
+    """What train_phase2.py made, under the same face: AudioAdaptor, a CTC head (or None) over the
+    LLM's tokens, LoRA. Prompt, speech and labels are those that it was trained with."""
 
-    def __init__(self, encoder, adaptor, llm, ctc, speech):
+    ctc_through = ("audio_adaptor",)
+
+    def __init__(self, encoder, adaptor, llm, ctc, settings):
         super().__init__(encoder, adaptor, llm, ctc=ctc)
-        self.speech = speech
+        self.settings = settings  # `llm` of train_phase2.py's configuration, and normalize
 
     def listen(self, enc, lens):
-        heard = model.hear(self.audio_adaptor, self.ctc, enc, lens, self.speech, read_ctc=False)
+        rest = enc, lens, self.settings["speech"]
+        heard = model.hear(self.audio_adaptor, self.ctc, *rest, read_ctc=False)
         return heard.speech, heard.speech_lens
 
-    def ctc_log_probs(self, enc, lens):
+    def ctc_log_probs(self, enc, lens):  # a pass of its own: `enc` may be detached
         emb, lens = self.audio_adaptor(enc, lens)
         return self.ctc(emb), lens
 
     def hear(self, enc, lens):
-        return model.hear(self.audio_adaptor, self.ctc, enc, lens, self.speech)
+        return model.hear(self.audio_adaptor, self.ctc, enc, lens, self.settings["speech"])
+
+    def prompt(self, tokenizer, hotwords="", language="", instruction="", itn=True):
+        text, system = instruction or self.settings["prompt"], self.settings["system"]
+        return model.build_prompt(tokenizer, text, language, hotwords, system)
+
+    def label_ids(self, tokenizer, text):
+        text = model.normalize_text(text) if self.settings["normalize"] else text
+        return model.text_to_ids(tokenizer, [text])[0]
+
+    def stop_id(self, tokenizer):
+        return model.end_of_turn(tokenizer)
+
+    def most_positions(self, frames):
+        samples = 160 * frames + 400  # and what a clip has beyond its last whole frame
+        return int(self.audio_adaptor.out_lens(self.audio_encoder.num_frames(samples)))
+
+    def caps(self, heard, clips):  # where the speech is CTC's, its count of tokens can be trusted
+        by_ctc = self.settings["speech"] == "ctc"
+        counts = map(len, heard.paths) if by_ctc else [None] * len(clips)
+        pairs = zip(clips, counts, strict=True)
+        return [model.token_cap(clip.seconds, ctc_tokens=count) for clip, count in pairs]
+
+
+class TokenCoder:
+    """Text <-> CTC classes of model.CTCHead; tokens that the head lacks are left out."""
+
+    symbols = None
+
+    def __init__(self, tokenizer, head):
+        self.tokenizer, self.head = tokenizer, head
+
+    def encode(self, text):
+        return self.head.classes(model.text_to_ids(self.tokenizer, [text])[0])
+
+    def decode(self, classes):
+        return self.tokenizer.decode(self.head.tokens(classes))
+
+
+CONTEXT = "请结合上下文信息，更加准确地完成语音转写任务。如果没有相关信息，我们会留空。\n\n\n"
+CONTEXT += "**上下文信息：**\n\n\n"
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 
 
 @functools.lru_cache(1024)
@@ -580,7 +648,8 @@ def nano_prompt(tokenizer, hotwords="", language="", instruction="", itn=True):
 
     FunASR trains with another header; here training and inference share this.
     """
-    text = ""
+    names = {"zh": "中文", "en": "英文", "ja": "日文", "auto": ""}  # as FunASR writes them
+    text, language = "", names.get(language, language)
     if names := ", ".join(model.as_list(hotwords)):
         text = f"{CONTEXT}热词列表：[{names}]\n"
     asked = "语音转写" + f"成{language}" * bool(language) + "，不进行文本规整" * (not itn)
@@ -592,9 +661,8 @@ def nano_prompt(tokenizer, hotwords="", language="", instruction="", itn=True):
 
 def row_prompt(row, fields=("hotwords", "asr_hotwords"), itn=True):
     """Hotwords, language, instruction and itn of a manifest's row, as nano_prompt takes them."""
-    names = {"zh": "中文", "en": "英文", "ja": "日文", "auto": ""}  # as FunASR writes them
-    hotwords, language = [row[f] for f in fields if row.get(f)], row.get("language") or ""
-    return ", ".join(hotwords), names.get(language, language), row.get("prompt") or "", itn
+    hotwords = ", ".join(row[field] for field in fields if row.get(field))
+    return hotwords, row.get("language") or "", row.get("prompt") or "", itn
 
 
 # ---- loading ----------------------------------------------------------------
@@ -608,6 +676,33 @@ def read_run(folder):
     if run.get("format") != model.FORMAT or run.get("script") != "finetune_encoder":
         raise model.UserError(f"{folder}: made by an earlier layout, or by another script")
     return run
+
+
+def read_phase2(folder):
+    """config.json of a run folder of train_phase2.py; {} for anything else."""
+    if not (Path(folder) / "adaptor_phase2_final.pt").is_file():
+        return {}
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    if config.get("format") != model.FORMAT or config.get("script") != "train_phase2":
+        raise model.UserError(f"{folder}: not of train_phase2.py as it is now; train it again")
+    return config
+
+
+def load_adapted(parts, conf, llm_dtype, with_llm, config):
+    """AdaptedLLM of a run folder of train_phase2.py; its LoRA goes on."""
+    found = model.load_phase2(parts.base, config, llm_dtype, encoder_name=conf["audio_encoder"])
+    encoder, adaptor, ctc, llm, tokenizer = found
+    if not isinstance(encoder, model.WhisperEncoder):
+        raise model.UserError(f"{parts.base}: only such a run on a Whisper goes on from audio")
+    own = {name: p for name, p in llm.named_parameters() if "lora_" in name}
+    for p in own.values():
+        p.requires_grad_(True)
+    own |= adaptor.state_dict() | (ctc.state_dict() if ctc is not None else {})
+    hashes = [encoder.identity["weights"], llm.identity["weights"], model.hash_tensors(own)]
+    parts.base_hash, parts.random_ctc = model.hash_text(hashes), False
+    parts.frontend, parts.ctc_tokenizer = encoder, ctc and TokenCoder(tokenizer, ctc)
+    llm, parts.tokenizer = (llm, tokenizer) if with_llm else (None, None)
+    parts.nano = AdaptedLLM(encoder, adaptor, llm, ctc, config["settings"])
 
 
 def load_tensors(nano, weights, where):
@@ -700,39 +795,13 @@ def load_nano(parts, conf, llm_dtype, with_llm, with_ctc):
     load_tensors(nano, weights, parts.base)
 
 
-def load_adapted(parts, config, llm_dtype):
-    """The model of a run folder of train_phase2.py; prompt, targets and CTC classes as there."""
-    folder, settings = Path(parts.base), config["settings"]
-    encoder, adaptor, ctc, llm, tokenizer = model.load_phase2(folder, config, llm_dtype)
-    if ctc is not None:
-        parts.ctc_tokenizer = SimpleNamespace(
-            encode=lambda text: ctc.classes(model.text_to_ids(tokenizer, [text])[0]),
-            decode=lambda path: tokenizer.decode(ctc.tokens(path)).strip(), symbols=None,
-        )  # fmt: skip
-    parts.nano = AdaptedLLM(encoder, adaptor, llm, ctc, settings["speech"])
-    parts.frontend, parts.tokenizer, parts.random_ctc = encoder, tokenizer, False
-    parts.base_hash = model.hash_tensors(adaptor.state_dict() | parts.nano.llm.state_dict())
-    parts.stop = model.end_of_turn(tokenizer)
-
-    def prompt(hotwords, language, instruction, itn):
-        rest = language or None, hotwords or None, settings["system"]
-        return model.build_prompt(tokenizer, instruction or settings["prompt"], *rest)
-
-    def encode(text):
-        text = model.normalize_text(text) if settings["normalize"] else text
-        return model.text_to_ids(tokenizer, [text])[0]
-
-    parts.prompt, parts.encode = prompt, encode
-    parts.positions = lambda frames: adaptor.out_lens(encoder.num_frames(160 * frames + 240))
-
-
 def load_parts(conf, start, llm_dtype, with_llm, with_ctc=False, texts=(), moved=""):
     """Load a model, and what a run has changed in it.
 
     Input   conf: FunASR's sections, of config.yaml, of a run's config.json or of ours; start:
-            model.pt, model.safetensors, a Whisper's name, or a run folder, whose base now lies at
-            `moved`; llm_dtype: of the LLM, all else is fp32; texts: whose symbols are Whisper's
-            CTC classes.
+            model.pt, model.safetensors, a Whisper's name, a run folder of train_phase2.py, or one
+            of this script, whose base now lies at `moved`; llm_dtype: of the LLM, all else is
+            fp32; texts: whose symbols are Whisper's CTC classes.
     Output  namespace: nano, frontend, tokenizer (of the LLM, or None), ctc_tokenizer (or None),
             random_ctc, base, base_hash, first (tensors of the run that it goes on from).
     """
@@ -741,11 +810,8 @@ def load_parts(conf, start, llm_dtype, with_llm, with_ctc=False, texts=(), moved
     base = str(moved or run.get("base") or start)
     base = str(Path(base).resolve()) if Path(base).exists() else base
     parts = SimpleNamespace(base=base, tokenizer=None, ctc_tokenizer=None, first=first)
-    path = Path(base) / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    parts.positions = lambda frames: llm_positions(-(-frames // model.LFR_N))  # frames of 10 ms
-    if config.get("script") == "train_phase2":
-        load_adapted(parts, config, llm_dtype)
+    if phase2 := read_phase2(base):
+        load_adapted(parts, conf, llm_dtype, with_llm, phase2)
     elif conf["audio_encoder"] == SANM:
         with_ctc = with_ctc or "ctc.ctc_lo.weight" in first
         with model.loading(Path(base).parent):
@@ -761,15 +827,8 @@ def load_parts(conf, start, llm_dtype, with_llm, with_ctc=False, texts=(), moved
     if run and run["base_hash"] != parts.base_hash:
         said = f"its hash is {parts.base_hash}, in training it was {run['base_hash']}"
         raise model.UserError(f"{base}: is not what {start} was trained on, {said}")
-    if parts.tokenizer and not hasattr(parts, "prompt"):
-        plain = {"add_special_tokens": False, "split_special_tokens": True}
-        parts.prompt = functools.partial(nano_prompt, parts.tokenizer)
-        parts.encode = lambda text: parts.tokenizer(text, **plain)["input_ids"]
-        parts.stop = parts.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    own_lora = hasattr(getattr(parts.nano, "llm", None), "peft")  # of train_phase2.py
-    for name, p in parts.nano.llm.named_parameters() if own_lora else ():
-        p.requires_grad_("lora_" in name and conf["llm_conf"].get("use_lora", False))
-    if parts.tokenizer and conf["llm_conf"].get("use_lora") and not own_lora:
+    has_lora = parts.tokenizer and any("lora_" in n for n, _ in parts.nano.llm.named_parameters())
+    if parts.tokenizer and conf["llm_conf"].get("use_lora") and not has_lora:
         import peft
 
         lora = conf["llm_conf"]["lora_conf"]
@@ -802,7 +861,8 @@ def load_for_training(cfg, device, say=print):
         say(f"{parts.base}: has no CTC branch (ModelScope's model.pt has), {said}")
     frozen = {name: cfg[f"{name}_conf"].freeze for name in ("audio_encoder", "audio_adaptor")}
     frozen |= dict.fromkeys(CTC, cfg.ctc_decoder_conf.freeze)
-    frozen["llm"] = cfg.llm_conf.freeze and not cfg.llm_conf.use_lora  # LoRA has done it
+    lora = cfg.llm_conf.use_lora or isinstance(parts.nano, AdaptedLLM)  # they have done it
+    frozen["llm"] = cfg.llm_conf.freeze and not lora
     out = [part for name, part in parts.nano.named_children() if frozen[name]]
     blocks, lowest = parts.nano.blocks(), max(0, cfg.audio_encoder_conf.freeze_layer_num)
     if lowest >= len(blocks):
@@ -886,7 +946,8 @@ def ctc_text(text, cfg):
 
 def read_clips(specs, kind, cfg, parts, training):
     """Clips with labels, lengths by the files' headers, and the reason why one is left out."""
-    conf, tokenizer, clips = cfg.dataset_conf, parts.tokenizer, []
+    conf, tokenizer, nano, clips = cfg.dataset_conf, parts.tokenizer, parts.nano, []
+    stop = tokenizer and [nano.stop_id(tokenizer)]
     for rows, number, row in list_rows(specs, cfg):
         source, target = row.get("source") or row["where"], (row["target"] or "").strip()
         fields = ("hotwords", "asr_hotwords")
@@ -899,7 +960,7 @@ def read_clips(specs, kind, cfg, parts, training):
         untold = row["target"] is None or cfg.distill_weight and kind == "simulated"
         clip.silent = not (target or untold) and conf.empty_targets == "keep"
         if tokenizer and (target or clip.silent):
-            clip.ids = [*(parts.encode(target) if target else []), parts.stop]
+            clip.ids = (nano.label_ids(tokenizer, target) if target else []) + stop
         if parts.ctc_tokenizer:
             clip.classes = parts.ctc_tokenizer.encode(ctc_text(target, cfg))
         labels = len(clip.ids) or len(clip.classes)
@@ -907,8 +968,8 @@ def read_clips(specs, kind, cfg, parts, training):
         slowest = clip.frames / min(conf.speed_perturb)
         clip.length = slowest + labels * (conf.batch_type == "token")
         if tokenizer and conf.batch_type != "example":  # LLM positions, in the same currency
-            prompt = sum(map(len, parts.prompt(*clip.prompt))) + training * parts.extra
-            positions = parts.positions(math.ceil(slowest)) + prompt + labels
+            prompt = sum(map(len, nano.prompt(tokenizer, *clip.prompt))) + training * parts.extra
+            positions = nano.most_positions(math.ceil(slowest)) + prompt + labels
             clip.length = max(clip.length, positions * conf.batch_size / conf.batch_size_token_max)
         limits = {
             "shorter than 25 ms": clip.frames < 1,
@@ -928,19 +989,19 @@ def read_clips(specs, kind, cfg, parts, training):
 def silence_clips(count, cfg, parts, hotwords=0):
     """Made-up clips of 0.2 to 20 s; `hotwords` in the prompt of every other one."""
     rng, clips, tokenizer = random.Random(f"{cfg.seed} silence {count}"), [], parts.tokenizer
-    stop = [parts.stop] if tokenizer else ()
+    stop, nano = tokenizer and [parts.nano.stop_id(tokenizer)], parts.nano
     rest = ("", "", cfg.dataset_conf.prompt_conf.itn)
     longest = min(20.0, batch_limits(cfg)[0] / 200, cfg.dataset_conf.max_token_length / 110)
     for n in range(count):
         seconds = math.exp(rng.uniform(math.log(0.2), math.log(longest)))
         clip = Clip(f"silence-{n}", "", None, "", "silence", ("", *rest), seconds, silent=True)
-        clip.frames, clip.ids = model.fbank_frames(round(seconds * 16000)), stop
+        clip.frames, clip.ids = model.fbank_frames(round(seconds * 16000)), stop or ()
         if hotwords and n % 2:
             clip.prompt = draw_hotwords(clip, parts.pools, hotwords, rng), *rest
         clip.length = clip.frames + len(clip.ids)
         if tokenizer:
-            prompt = sum(map(len, parts.prompt(*clip.prompt))) + parts.extra
-            positions = parts.positions(clip.frames) + prompt + 1
+            prompt = sum(map(len, nano.prompt(tokenizer, *clip.prompt))) + parts.extra
+            positions = nano.most_positions(clip.frames) + prompt + 1
             scale = cfg.dataset_conf.batch_size / cfg.dataset_conf.batch_size_token_max
             clip.length = max(clip.length, positions * scale)
         clips.append(clip)
@@ -1099,7 +1160,8 @@ class Clips(torch.utils.data.Dataset):
 
     def features(self, clip, epoch, name):
         cfg, rng, rate = self.cfg, random.Random(name), self.frontend.sample_rate
-        on_phone, own_rate = clip.kind == "telephone", rate if clip.kind == "telephone" else 16000
+        on_phone = clip.kind in ("telephone", *AGAIN)  # else clean speech
+        own_rate = rate if on_phone else 16000
         speed = rng.choice(list(cfg.dataset_conf.speed_perturb)) if epoch >= 0 else 1.0
         if clip.place is None:
             return self.frontend.features(self.silence(clip, epoch, rng), name), None
@@ -1141,7 +1203,7 @@ class Finetune(nn.Module):
 
     def __init__(self, parts, cfg):
         super().__init__()
-        self.nano, self.parts, self.cfg, self.original = parts.nano, parts, cfg, None
+        self.nano, self.tokenizer, self.cfg, self.original = parts.nano, parts.tokenizer, cfg, None
         if cfg.distill_weight:
             self.original = model.freeze(copy.deepcopy(parts.nano.audio_encoder))
         losses = {"ce": (cfg.llm_weight, self.nano.llm), "ctc": (cfg.ctc_weight, self.nano.ctc)}
@@ -1157,7 +1219,7 @@ class Finetune(nn.Module):
         sums = {"ce": zero, "right": 0, "ctc": zero, "impossible": 0, "distill": zero}
         if "ce" in self.weights:
             embed, speech = nano.llm.get_input_embeddings(), nano.listen(enc, lens)
-            prompts = [self.parts.prompt(*clip.prompt) for clip in clips]
+            prompts = [nano.prompt(self.tokenizer, *clip.prompt) for clip in clips]
             spliced = model.splice(embed, prompts, *speech, [clip.ids for clip in clips])
             smoothing = self.cfg.model_conf.lsm_weight if self.training else 0.0
             sums["ce"], _, sums["right"] = model.transcript_loss(nano.llm, spliced, smoothing)
@@ -1187,8 +1249,8 @@ def check_losses(tuner, say):
         say(f"{name}: {count:,} of {sum(p.numel() for p in part.parameters()):,} weights train")
         trains |= {name} if count else set()
     reach = {"ce": {"audio_encoder", "audio_adaptor", "llm"}, "distill": {"audio_encoder"}}
-    reach["ctc"] = {*CTC} if tuner.cfg.detach_ctc_decoder else {*CTC, "audio_encoder"}
-    reach["ctc"] |= {"audio_adaptor"} if isinstance(tuner.nano, AdaptedLLM) else set()
+    reach["ctc"] = {*CTC, *tuner.nano.ctc_through}
+    reach["ctc"] |= set() if tuner.cfg.detach_ctc_decoder else {"audio_encoder"}
     for name, weight in tuner.weights.items():
         reached |= reach[name] & trains
         say(f"{name} (weight {weight:g}) trains {sorted(reach[name] & trains)}")
@@ -1270,12 +1332,17 @@ def evaluate(tuner, data, parts, run, most=sys.maxsize):
         places += [(-1, 0, [[chosen[n] for n in batch]]) for (batch,) in groups]
     places = places[run.rank :: run.world]
     for batch in load_batches(data.valid, places, parts, cfg, 0, run.device):
-        kind = batch.clips[0].kind
+        kind, feats = batch.clips[0].kind, batch.feats.to(run.device)
         with run.amp:
-            losses = tuner(batch.feats.to(run.device), batch)
-            heard, said = losses["heard"], transcribe(tuner, losses["heard"], batch.clips)
-        sums.update({(kind, name): float(losses[name]) for name in tuner.weights})
-        sums.update({(kind, f"n_{name}"): count for name, count in batch.labels(cfg).items()})
+            if kind in AGAIN:  # clips of `telephone` once more, whose losses cost half the time
+                heard = tuner.nano.hear(*tuner.nano.encode(feats, batch.lens))
+            else:
+                losses = tuner(feats, batch)
+                heard = losses["heard"]
+                sums.update({(kind, name): float(losses[name]) for name in tuner.weights})
+                counts = batch.labels(cfg).items()
+                sums.update({(kind, f"n_{name}"): count for name, count in counts})
+            said = transcribe(tuner, heard, batch.clips)
         read = [parts.ctc_tokenizer.decode(path) for path in heard.paths or []]
         found += zip(batch.clips, said, read or [None] * len(said), strict=True)
     shared = [(found, sums)] * run.world
@@ -1341,14 +1408,13 @@ def cell(value):
 
 def transcribe(tuner, heard, clips):
     """Greedy transcripts of the LLM; None where there is none."""
-    llm, tokenizer = tuner.nano.llm, tuner.parts.tokenizer
+    llm, tokenizer = tuner.nano.llm, tuner.tokenizer
     if llm is None:
         return [None] * len(clips)
     embed, speech = llm.get_input_embeddings(), (heard.speech, heard.speech_lens)
-    prompts = [tuner.parts.prompt(*clip.prompt) for clip in clips]
+    prompts = [tuner.nano.prompt(tokenizer, *clip.prompt) for clip in clips]
     spliced = model.splice(embed, prompts, *speech, pad_left=True)
-    caps = [model.token_cap(clip.seconds) for clip in clips]
-    stop = tuner.parts.stop
+    stop, caps = tuner.nano.stop_id(tokenizer), tuner.nano.caps(heard, clips)
     answers = model.greedy_decode(llm, spliced, stop, caps)
     return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
@@ -1601,7 +1667,7 @@ def load_listener(folder, cfg, device, dtype):
         given = {"hotwords": cfg.hotwords, "language": cfg.language, "prompt": cfg.prompt}
         row = row | {key: value for key, value in given.items() if value}
         itn = conf.get("dataset_conf", {}).get("prompt_conf", {}).get("itn", True)
-        return parts.prompt(*row_prompt(row, itn=itn))
+        return nano.prompt(tokenizer, *row_prompt(row, itn=itn))
 
     def spell(text):
         found, known, classes = [], "", ctc.encode(text)
@@ -1612,12 +1678,14 @@ def load_listener(folder, cfg, device, dtype):
         return found
 
     adapted = isinstance(nano, AdaptedLLM)
-    stack = (nano.audio_adaptor if adapted else nano.ctc_decoder or SimpleNamespace(stack=1)).stack
+    below = nano.audio_adaptor if adapted else nano.ctc_decoder  # of the CTC head
+    stack = below.stack if below is not None else 1
     return SimpleNamespace(
         encoder=parts.frontend, hear=hear, prompt=prompt, llm=nano.llm, tokenizer=tokenizer,
-        stop_id=tokenizer and parts.stop, spell=spell, ctc=nano.ctc if adapted else None,
+        stop_id=tokenizer and nano.stop_id(tokenizer), spell=spell,
         read_ctc=ctc and (lambda path: ctc.decode(path).strip()), blank=ctc and nano.ctc.blank,
         position_s=stack * parts.frontend.frame_ms / 1000, about=f"{folder}, {parts.base}",
+        ctc=nano.ctc if adapted else None,  # over the LLM's tokens
     )  # fmt: skip
 
 

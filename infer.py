@@ -321,9 +321,11 @@ def load_listener(cfg, device, dtype):
 
 def load_adaptor_listener(folder, config, cfg, device, dtype):
     """The listener of train_phase2.py: encoder, adaptor, CTC head (or None), LLM with its LoRA."""
-    settings, name = config["settings"], cfg.encoder.name or config["encoder"]["name"]
-    rest = dtype, device, name, cfg.llm.name
-    encoder, adaptor, ctc, llm, tokenizer = model.load_phase2(folder, config, *rest)
+    name, settings = cfg.encoder.name or config["encoder"]["name"], config["settings"]
+    names = {"encoder_name": name, "llm_name": cfg.llm.name}
+    encoder, adaptor, ctc, llm, tokenizer = model.load_phase2(
+        folder, config, dtype, device, **names
+    )
     for part in filter(None, (encoder, adaptor, ctc)):
         model.freeze(part)
     own_ctc = sensevoice_ctc(name, encoder, device)

@@ -1619,25 +1619,26 @@ def load_llm(name, dtype=torch.float32, device="cpu", lora=None):
     return llm.to(device), tokenizer
 
 
-def load_phase2(folder, config, dtype, device="cpu", encoder="", llm=""):
-    """Encoder, adaptor, CTC head (or None), LLM with its LoRA, tokenizer: a run of train_phase2.py.
+def load_phase2(folder, config, dtype, device="cpu", encoder_name="", llm_name=""):
+    """Parts of a run folder of train_phase2.py, whose config.json is `config`, encoder,
+    adaptor, CTC head (or None), LLM with its LoRA, tokenizer. Of them only the LLM is frozen.
 
-    Input   config: its config.json; encoder, llm: names in place of those there.
+    encoder_name, llm_name: where they lie now, if not where the configuration says.
     """
-    found, lora, path = config["encoder"], folder / "lora", folder / "adaptor_phase2_final.pt"
+    found, lora = config["encoder"], Path(folder) / "lora"
     options = {key: found[key] for key in ("language", "text_norm", "pad_to_30s") if key in found}
     options["keep_query_frames"] = found.get("query_frames", False)
-    encoder = load_encoder(encoder or found["name"], **options)
+    encoder = load_encoder(encoder_name or found["name"], **options).to(device)
     lora = lora if lora.is_dir() else None
-    llm, tokenizer = load_llm(llm or config["llm"]["name"], dtype, device, lora)
-    identity = {"encoder": encoder.identity, "llm": llm.identity}
-    check_identity(config, identity, f"{folder} (give encoder.name or llm.name)")
-    table = llm.get_input_embeddings().weight
+    llm, tokenizer = load_llm(llm_name or config["llm"]["name"], dtype, device, lora)
+    loaded = {"encoder": encoder.identity, "llm": llm.identity}
+    check_identity(config, loaded, f"{folder} (give encoder.name or llm.name)")
+    table, path = llm.get_input_embeddings().weight, Path(folder) / "adaptor_phase2_final.pt"
     adaptor = AudioAdaptor(encoder.width, table.shape[1], **config["adaptor"])
     load_weights(adaptor, read_weights(path), path)
-    head = folder / "ctc_head.pt"
+    head = path.with_name("ctc_head.pt")
     ctc = CTCHead.load(head, table) if head.is_file() else None
-    return encoder.to(device), adaptor.to(device), ctc and ctc.to(device), llm, tokenizer
+    return encoder, adaptor.to(device), ctc, llm, tokenizer
 
 
 def save_lora(llm, folder, weights=None):

@@ -1,11 +1,14 @@
 """finetune_encoder.py as a user meets it: keys, line, losses, runs, infer.py, bad input."""
 
+import contextlib
 import copy
 import functools
 import json
 import random
 import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import make_twins
 import numpy as np
@@ -20,6 +23,8 @@ from test_training import Gpu, OnGpu
 import finetune_encoder as ft
 import infer
 import model
+import precompute
+import train_phase2
 
 CONFIGS, CPU = Path(__file__).parents[1] / "configs", torch.device("cpu")
 KNOWN = model.flatten(OmegaConf.to_container(OmegaConf.create(ft.DEFAULTS)))
@@ -490,8 +495,8 @@ def test_a_run_ends_with_a_table_and_the_better_of_best_and_average(world, tmp_p
     assert (run / "curves.png").stat().st_size > 5000
 
 
-def kill(at, *arguments):
-    """Train, and die before optimizer step `at`, counted from 0."""
+def kill(at, start, *arguments):
+    """start(*arguments), a training, dies before optimizer step `at`, counted from 0."""
     real = ft.learning_rate
 
     def learning_rate(step, cfg):
@@ -501,7 +506,7 @@ def kill(at, *arguments):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ft, "learning_rate", learning_rate)
-        train(*arguments)
+        start(*arguments)
 
 
 @pytest.mark.parametrize("extra", [
@@ -514,7 +519,7 @@ def test_resume_is_bitwise_exact_and_takes_new_rates_but_no_other_base(
     extra += " train_conf.max_steps=5 train_conf.validate_interval=3 telephone_conf.prob=0.5"
     extra += f" train_conf.save_checkpoint_interval=2 telephone_conf.data_set_list={world['wide']}"
     whole = train(world, tmp_path / "whole", extra)
-    kill(4, world, tmp_path / "cut", extra)
+    kill(4, train, world, tmp_path / "cut", extra)
     assert 2 <= weights(tmp_path / "cut", "last")["step"] < 5
     cut = train(world, tmp_path / "cut", extra)
     ends = weights(whole, "last"), weights(cut, "last")
@@ -835,6 +840,15 @@ def test_distractors_are_drawn_for_seed_epoch_and_clip(quiet):
     assert positions <= len(sum(ft.nano_prompt(parts.tokenizer, *clip.prompt), [])) + parts.extra
 
 
+def test_clips_with_distractors_are_scored_as_they_are_not_on_the_simulated_line(quiet):
+    cfg, parts, clips = quiet["cfg"], quiet["parts"], quiet["data"].valid
+    data = ft.Clips(clips, parts.frontend, cfg, 0, parts.pools)
+    plain = next(clip for clip in clips if clip.kind == "telephone" and clip.prompt[0])
+    same = [clip for clip in clips if clip.kind in ft.AGAIN and clip.key == plain.key]
+    assert len(same) == len(ft.DISTRACTORS)
+    assert all(torch.equal(data.load(plain, -1)[1], data.load(c, -1)[1]) for c in same)
+
+
 def test_distractors_come_from_the_lists_where_they_are_given(quiet):
     assert len(quiet["parts"].pools[False]) == 8
     own = "dataset_conf.prompt_conf.english_hotwords_list=null"
@@ -870,9 +884,134 @@ def test_a_run_with_silence_and_distractors_resumes_to_the_bit(world, tmp_path):
         train_conf.save_checkpoint_interval=2 train_conf.valid_clips=2"""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(world, whole, extra)
-    kill(3, world, killed, extra)
+    kill(3, train, world, killed, extra)
     train(world, killed, extra)
     assert model.hash_tensors(weights(whole)) == model.hash_tensors(weights(killed))
     told = results(whole)["details"]
     assert "silence, words a minute, LLM" in told["after"]
     assert told == results(killed)["details"]
+
+
+# ---- a base of train_phase2.py ----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapted(world, whisper_folder, qwen3_folder):
+    """A run folder of train_phase2.py for each kind of speech, and arguments to go on from it."""
+    folder, calls, found = world["folder"] / "adapted", world["calls"], {}
+    rows = rows_of(calls.parent, calls.name)
+    rows = [row | {"source": str(calls.parent / row["source"])} for row in rows]
+    model.save(folder.with_suffix(".jsonl"), [*rows[:9], rows[9] | {"target": ""}])
+    data = [f"data.train={calls}", f"cache.dir={folder}-cache", "workers=0", "device=cpu"]
+    given = [*data, f"encoder.name={whisper_folder}"]
+    precompute.main(model.load_config(given, precompute.DEFAULTS))
+    for speech in ("ctc", "frames"):
+        text = f"""data.valid={calls} run.dir={folder}-{speech} llm.name={qwen3_folder}
+            llm.speech=ctc llm.prompt=Write: llm.system= llm.lora.r=2 adaptor.stack=2
+            adaptor.num_layers=1 adaptor.hidden_dim=32 adaptor.num_heads=4 adaptor.dropout=0
+            loss.ctc_weight=0.5 optim.max_steps=60 optim.lr=1e-2 optim.warmup_steps=2
+            run.valid_every=60 batch_clips=10""".replace("speech=ctc", f"speech={speech}")
+        given = [*data, *text.split()]
+        train_phase2.main(model.load_config(given, train_phase2.DEFAULTS))
+        found[speech] = Path(f"{folder}-{speech}")
+    common = f"""train_data_set_list={folder}.jsonl valid_data_set_list={folder}.jsonl
+        dataset_conf.num_workers=0 scheduler_conf.warmup_steps=1 audio_adaptor_conf.freeze=false
+        train_conf.log_interval=1 telephone_conf.silence_clips=4 detach_ctc_decoder=false
+        dataset_conf.batch_size_sample_max=4 device=cpu"""
+    return found | {"common": common.split(), "rows": f"{folder}.jsonl"}
+
+
+def go_on(adapted, base, folder, text=""):
+    given = [*adapted["common"], f"init_param={base}", f"output_dir={folder}", *text.split()]
+    ft.main(config(*given))
+    return Path(folder)
+
+
+@pytest.mark.parametrize("speech", ["ctc", "frames"])
+def test_a_run_of_phase_2_goes_on_from_audio(adapted, speech, tmp_path, capsys):
+    base = adapted[speech]
+    rest = [*adapted["common"], f"init_param={base}"]
+    ft.main(config(*rest, f"output_dir={tmp_path}/c"), check_only=True)
+    said = capsys.readouterr().out
+    assert "a base of train_phase2.py" in said and "audio_encoder: 0 of " in said
+    assert not (tmp_path / "c").exists()
+    cfg = config(*rest, f"output_dir={tmp_path}/x")
+    ft.check(cfg, print, False)
+    parts = ft.load_for_training(cfg, CPU)
+    run = SimpleNamespace(device=CPU, amp=contextlib.nullcontext(), rank=0, world=1)
+    tuner = ft.Finetune(parts, cfg)
+    _, rows = ft.evaluate(tuner, ft.read_data(cfg, parts, print), parts, run)
+    ours = {clip.key: (llm, ctc.strip()) for clip, llm, ctc in rows if clip.kind == "telephone"}
+    lines = infer_on(base, tmp_path, adapted["rows"], "decode.speculative=false")
+    assert {line["key"]: (line["text"], line["ctc_text"]) for line in lines} == ours
+    assert any(text for text, _ in ours.values()) and len(ours) == 10
+    asked = {"hotwords": "one, two", "language": "zh", "prompt": ""}
+    with_words = parts.nano.prompt(parts.tokenizer, *ft.row_prompt(asked))
+    listener_cfg = model.load_config([f"model.dir={base}"], infer.DEFAULTS)
+    listener = infer.load_listener(listener_cfg, CPU, torch.float32)
+    assert with_words == listener.prompt(asked)  # inference and this training share one prompt
+
+    extra = "train_conf.max_steps=3 optim_conf.lr=1e-3 audio_encoder_conf.freeze=false"
+    out = go_on(adapted, base, tmp_path / "run", f"{extra} audio_encoder_conf.freeze_layer_num=1")
+    trained = weights(out)
+    names = {"lora" if "lora_" in name else name.split(".")[0] for name in trained}
+    assert names == {"lora", "audio_adaptor", "ctc", "audio_encoder"}
+    assert not any(name.startswith("audio_encoder.net.layers.0") for name in trained)
+    told, first = results(out)["details"], parts.nano.state_dict()
+    assert "silence with hotwords shown, words a minute, LLM" in told["after"]
+    moved = {name for name, value in trained.items() if not torch.equal(value, first[name])}
+    assert len(moved) > len(trained) / 2 and any("lora_A" in name for name in moved)
+    heard = infer_on(out, tmp_path, adapted["rows"], "decode.ctc_weight=0.5")
+    assert [line["key"] for line in heard] == [line["key"] for line in lines]
+    further = go_on(adapted, out, tmp_path / "further", "train_conf.max_steps=1")
+    scores = [results(folder) for folder in (out, further)]
+    assert scores[1]["before"]["telephone_ce"] == pytest.approx(
+        scores[0]["after"]["telephone_ce"], rel=1e-4
+    )
+
+
+@torch.no_grad()
+def test_an_empty_rows_losses_on_such_a_base_by_hand(adapted, tmp_path):
+    cfg = config(*adapted["common"], f"init_param={adapted['ctc']}", f"output_dir={tmp_path}/x")
+    ft.check(cfg, print, False)
+    parts = ft.load_for_training(cfg, CPU)
+    (silent,) = [c for c in ft.read_data(cfg, parts, print).train if c.silent]
+    batch = ft.Clips([silent], parts.frontend, cfg, 0, parts.pools)[-1, 0, [[0]]]
+    tuner, nano = ft.Finetune(parts, cfg).eval(), parts.nano
+    sums = tuner(batch.feats, batch)
+    enc, lens = parts.frontend(batch.feats, batch.lens)
+    emb, lens = nano.audio_adaptor(enc, lens)
+    log_probs = nano.ctc(emb)
+    expected = -log_probs[0, : lens[0], nano.ctc.blank].sum()
+    torch.testing.assert_close(sums["ctc"], expected)
+    soft, count = model.ctc_soft_speech(log_probs, log_probs.argmax(-1), lens, nano.ctc)
+    before, after = nano.prompt(parts.tokenizer)
+    embed, stop = nano.llm.get_input_embeddings(), model.end_of_turn(parts.tokenizer)
+    halves = [embed(torch.tensor(ids)) for ids in (before, after)]
+    inputs = torch.cat([halves[0], soft[0, : count[0]], halves[1]])[None]
+    logits = nano.llm(inputs_embeds=inputs).logits[0, -1]
+    torch.testing.assert_close(sums["ce"], -logits.log_softmax(-1)[stop], rtol=1e-4, atol=1e-5)
+
+
+def test_such_a_run_resumes_to_the_bit_with_silence_and_distractors(adapted, tmp_path):
+    extra = """telephone_conf.silence_share=0.3 train_conf.max_steps=4 train_conf.valid_clips=2
+        dataset_conf.prompt_conf.max_neg_hotwords_num=3 dataset_conf.speed_perturb=0.9,1.1
+        train_conf.save_checkpoint_interval=2"""
+    whole = go_on(adapted, adapted["ctc"], tmp_path / "whole", extra)
+    killed = tmp_path / "killed"
+    kill(3, go_on, adapted, adapted["ctc"], killed, extra)
+    go_on(adapted, adapted["ctc"], killed, extra)
+    assert model.hash_tensors(weights(whole)) == model.hash_tensors(weights(killed))
+
+
+def test_a_base_of_phase_2_that_does_not_fit_is_refused(adapted, whisper_folder, tmp_path):
+    with pytest.raises(model.UserError, match="on such a base LoRA trains; set true"):
+        go_on(adapted, adapted["ctc"], tmp_path / "x", "llm_conf.freeze=false")
+    other = make_twins.whisper_folder(tmp_path / "other", seed=1)
+    with pytest.raises(model.UserError, match="was made with another encoder: weights"):
+        go_on(adapted, adapted["ctc"], tmp_path / "x", f"audio_encoder={other}")
+    old = tmp_path / "old"
+    shutil.copytree(adapted["ctc"], old)
+    model.save(old / "config.json", json.loads((old / "config.json").read_text()) | {"format": 1})
+    with pytest.raises(model.UserError, match="not of train_phase2.py as it is now"):
+        go_on(adapted, old, tmp_path / "x")

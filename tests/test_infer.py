@@ -18,7 +18,6 @@ import soundfile
 import torch
 from processes import run_processes
 
-import finetune_encoder
 import infer
 import model
 import precompute
@@ -770,38 +769,3 @@ def test_the_command_prints_transcripts_and_rates(world, outcome):
     for key, text in texts(outcome).items():
         assert f"{key}\t{' '.join(text.split())}\n" in run.stdout
     assert "text: wer " in run.stdout and "RTF" in run.stdout
-
-
-def test_a_model_of_phase_2_goes_on_in_finetune_encoder(world, outcome, tmp_path):
-    def train(name, *more):
-        rows = [row | {"hotwords": row["target"].split()[0]} for row in read(world.manifest)]
-        model.save(world.wavs / "asked.jsonl", rows)
-        small = f"""init_param={world.run} train_data_set_list={world.wavs}/asked.jsonl
-            valid_data_set_list={world.manifest} llm_conf.use_lora=true device=cpu
-            telephone_conf.silence_clips=4 dataset_conf.num_workers=0
-            dataset_conf.batch_size_sample_max=4 telephone_conf.silence_share=0.3
-            dataset_conf.prompt_conf.max_neg_hotwords_num=3
-            audio_adaptor_conf.freeze=false ctc_decoder_conf.freeze=false train_conf.max_steps=4
-            scheduler_conf.warmup_steps=1 train_conf.save_checkpoint_interval=2
-            output_dir={tmp_path / name}"""
-        cfg = model.load_config([*small.split(), *more], finetune_encoder.DEFAULTS)
-        finetune_encoder.main(cfg)
-        return tmp_path / name
-
-    still = train("still", "optim_conf.lr=1e-12")
-    before = json.loads((still / "results.json").read_text())["before"]
-    rate = model.error_rate(texts(outcome, "target").values(), texts(outcome).values())["rate"]
-    assert before["telephone_llm_er"] == pytest.approx(rate, abs=1e-5) and rate < 0.9
-    call(infer, f"model.dir={still}", world.manifest, f"out={tmp_path}/still.jsonl")
-    found = {line["key"]: line for line in read(tmp_path / "still.jsonl")}
-    for field in ("text", "ctc_text"):
-        assert texts(found, field) == texts(outcome, field)
-    whole = model.read_weights(train("whole", "optim_conf.lr=1e-2") / "trained.pt")
-    train("cut", "optim_conf.lr=1e-2", "train_conf.max_steps=2")
-    (tmp_path / "cut/results.json").unlink()
-    cut = model.read_weights(train("cut", "optim_conf.lr=1e-2") / "trained.pt")
-    assert {name.split(".")[0] for name in whole} == {"audio_adaptor", "ctc", "llm"}
-    assert whole.keys() == cut.keys() and all(torch.equal(whole[n], cut[n]) for n in whole)
-    again = train("again", f"init_param={tmp_path / 'whole'}", "optim_conf.lr=1e-12")
-    started = json.loads((again / "results.json").read_text())["before"]
-    assert started == json.loads((tmp_path / "whole/results.json").read_text())["after"]
