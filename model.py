@@ -206,7 +206,7 @@ def marked(defaults, mark):
         setting, _, comment = line.partition("# ")
         name, _, value = setting.strip().partition(":")
         sections[(len(line) - len(line.lstrip())) // 2 :] = [name]
-        if comment.startswith(mark):
+        if comment.startswith(mark) and comment[1:2] in ("", " ", ","):  # not "-1: ..."
             names = yaml.safe_load(value) if name == "<<" else [name]
             found |= {".".join([*sections[:-1], name]): comment[2:] for name in names}
     return found
