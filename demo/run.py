@@ -450,7 +450,7 @@ def salm(cfg):
     print(
         "SmolLM2 hears one or two recordings in a chat: transcribes one, both, only the second, "
         "says which one\nsays something; then it learns to answer spoken requests as it answers "
-        "written ones. About 12 minutes on\n2 free cores after make demo."
+        "written ones. About 15 minutes on\n2 free cores after make demo."
     )
     prepare(cfg, "salm")
     run, data = Path(cfg.run), f"{cfg.home}/data"
