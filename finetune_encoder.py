@@ -1691,6 +1691,8 @@ def load_listener(folder, cfg, device, dtype):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["merge"]:
+        if not Path(__file__).with_name("merge.py").is_file():
+            sys.exit("error: needs merge.py beside finetune_encoder.py")
         arguments, sys.argv[1:] = sys.argv[2:], ["output_dir=merged"]
         command = functools.partial(importlib.import_module("merge").main, arguments)
         model.run_main(lambda _: command(), DEFAULTS, __doc__)

@@ -298,6 +298,19 @@ KINDS = {"key": "string", "where": "string", "target": "string", "audio": "strin
          "reason": "string", "seconds": "float64", "positions": "int64"}  # fmt: skip
 
 
+def list_items(conf):
+    """What a set is made of, as entries of input_cfg: {type, manifest_filepath, tags}."""
+    items = model.as_list(conf.get("manifest_filepath", []))
+    items = [{"type": "manifest", "manifest_filepath": path} for path in items]
+    items += OmegaConf.to_container(OmegaConf.create(list(conf.get("input_cfg") or [])))
+    for item in items:
+        if set(item) - {"type", "manifest_filepath", "tags"} or "manifest_filepath" not in item:
+            raise model.UserError(f"input_cfg: {item}: type, manifest_filepath and tags expected")
+        if (given := item.get("type")) not in TYPES:
+            raise model.UserError(f"input_cfg.type={given}: is none of {', '.join(TYPES)}")
+    return items
+
+
 def read_conversations(conf, cfg, tokenizer, perception, answers, cache_dir):
     """A memory-mapped Dataset of conversations: KINDS, and token ids as `render` makes them.
 
@@ -307,16 +320,6 @@ def read_conversations(conf, cfg, tokenizer, perception, answers, cache_dir):
     import datasets
 
     datasets.disable_progress_bars()
-    items = model.as_list(conf.get("manifest_filepath", []))
-    items = [{"type": "manifest", "manifest_filepath": path} for path in items]
-    items += OmegaConf.to_container(OmegaConf.create(list(conf.get("input_cfg") or [])))
-    for item in items:
-        names = {"type", "manifest_filepath", "tags"}
-        if set(item) - names or "manifest_filepath" not in item:
-            raise model.UserError(f"input_cfg: {item}: type, manifest_filepath and tags expected")
-        if item.get("type") not in TYPES:
-            given = item.get("type")
-            raise model.UserError(f"input_cfg.type={given}: is none of {', '.join(TYPES)}")
     kinds = {name: datasets.Value(kind) for name, kind in KINDS.items()}
     kinds |= dict.fromkeys(("ids", "labels", "asked"), datasets.List(datasets.Value("int32")))
     tag, header, encoder = cfg.model.audio_locator_tag, cfg.loss.mask_header, perception.encoder
@@ -352,7 +355,7 @@ def read_conversations(conf, cfg, tokenizer, perception, answers, cache_dir):
     about += [cfg.data.prompt, cfg.data.system_prompt, perception.identity, sorted(answers.items())]
     about += [{key: value for key, value in encoder.identity.items() if key != "name"}]
     parts = []
-    for item in items:
+    for item in list_items(conf):
         for spec in model.as_list(item["manifest_filepath"]):
             held = holds_conversations(spec) or open_manifest(spec, cache_dir)._fingerprint
             mark = model.hash_text([model.file_stamp(spec), held, item, about])
@@ -573,9 +576,11 @@ def without_lora(llm):
     layers = [module for module in llm.modules() if hasattr(module, "lora_A")]
     for layer in layers:
         layer._disable_adapters = True
-    yield
-    for layer in layers:
-        layer._disable_adapters = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def distill_loss(logits, log_probs, tokens):
@@ -719,9 +724,8 @@ def answer_requests(salm, cfg, folder, run):
         rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
         known = {r["id"]: r["answer"] for r in rows if r["llm"] == llm.identity["weights"]}
     for conf in (cfg.data.train_ds, *cfg.data.validation_ds.datasets.values()):
-        for item in conf.get("input_cfg") or []:
-            files = item.get("manifest_filepath", []) if item.get("type") == TYPES[3] else []
-            for spec in model.as_list(files):
+        for item in (item for item in list_items(conf) if item["type"] == TYPES[3]):
+            for spec in model.as_list(item["manifest_filepath"]):
                 rows = open_manifest(spec, folder.parent / "manifests")
                 found_in = list_conversations(spec, item, cfg, {}, folder.parent / "manifests")
                 for row, (key, _, turns, _) in zip(rows, found_in, strict=True):

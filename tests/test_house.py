@@ -23,7 +23,7 @@ OF_CONFIG = {
 BUDGETS = {  # lines; tests/ and demo/ of all their files
     "model.py": 2330, "precompute.py": 300, "train_phase1.py": 455, "train_phase2.py": 480,
     "infer.py": 890, "report.py": 150, "finetune_encoder.py": 1710, "train_steermoe.py": 840,
-    "train_salm.py": 1190, "merge.py": 315, "bench": 550, "demo": 1150, "tests": 6900,
+    "train_salm.py": 1195, "merge.py": 315, "bench": 550, "demo": 1150, "tests": 6900,
     "README.md": 260,
 }  # fmt: skip
 
