@@ -103,6 +103,7 @@ ctc_conf:
   ctc_type: builtin      # =
   <<: {reduce: true, ignore_nan_grad: true}  # - summed over the step; a NaN stops the run
 distill_weight: 0.0      # +
+feature_noise: 0.0       # + of what the LLM hears in training, standard deviation
 frontend_conf:
   fs: 16000              # or 8000, for telephone speech as it is; other rates are resampled
   mel_axis: pretrained   # + at 8000: pretrained, or native, FunASR's warped one
@@ -1218,7 +1219,9 @@ class Finetune(nn.Module):
         zero = enc.sum() * 0.0
         sums = {"ce": zero, "right": 0, "ctc": zero, "impossible": 0, "distill": zero}
         if "ce" in self.weights:
-            embed, speech = nano.llm.get_input_embeddings(), nano.listen(enc, lens)
+            noise = self.cfg.feature_noise if self.training else 0.0
+            noisy = enc + noise * torch.randn_like(enc) if noise else enc
+            embed, speech = nano.llm.get_input_embeddings(), nano.listen(noisy, lens)
             prompts = [nano.prompt(self.tokenizer, *clip.prompt) for clip in clips]
             spliced = model.splice(embed, prompts, *speech, [clip.ids for clip in clips])
             smoothing = self.cfg.model_conf.lsm_weight if self.training else 0.0
