@@ -3,12 +3,13 @@
     python infer.py configs/infer.yaml INPUT ... [key=value ...]
     python infer.py configs/infer.yaml call.wav recordings/ out=calls.srt,calls.jsonl
     python infer.py configs/infer.yaml data_aishell:test out=aishell.jsonl,aishell.json
+    python infer.py model.dir=DUPLEX call.wav out=answer.wav,turns.jsonl   # what it says to a caller
     python report.py aishell.jsonl                            # a page to read and listen
     torchrun --nproc_per_node N infer.py ...                  # shares the recordings out
 
 INPUT   audio and video files, folders (searched at any depth), manifests (as in training);
         ONE+TWO: files that a model of train_salm.py hears together
-Needs   model.dir: run.dir of train_phase2.py, train_steermoe.py, train_salm.py or
+Needs   model.dir: run.dir of train_phase2.py, train_steermoe.py, train_salm.py, train_duplex.py or
         finetune_encoder.py, Fun-ASR-Nano's own folder, or configs/published with the published
         adaptor beside its config.json
 Output  by the endings in `out`; without, transcripts are printed
@@ -18,6 +19,8 @@ Output  by the endings in `out`; without, transcripts are printed
         .txt    key, text, translation, separated by tabs
         .srt    subtitles; of several recordings one file each, NAME.KEY.srt
         .json   error rates, hours, seconds
+        .wav    of a duplex model: the agent's audio, of several calls NAME.KEY.wav; its .jsonl has
+                turns (role, start, end, text), and latency_ms of each frame with duplex.live
         and NAME.dropped.jsonl: every recording that could not be used, with the reason
 Times   of words come from the CTC head; without one, or where the text does not fit it, a segment
         has only its own. Audio of over vad.threshold_s is cut at pauses that silero-vad finds.
@@ -47,6 +50,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import soundfile
 import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
@@ -81,6 +85,10 @@ vad:
   threshold_s: 30.0      # longer audio is cut into segments of at most this
   always: false          # cut pauses out of shorter audio, too: a call of mere silence has no text
   gate: false            # no text for a clip in which neither silero-vad nor CTC hears anything
+duplex:                  # of a model of train_duplex.py
+  tail_s: 3.0            # silence behind a recording, in which it can answer
+  live: false            # read at the pace of the clock, frame by frame, and time each
+  <<: {temperature: 0.0, top_k: 0}  # of the codes; 0: the likeliest
 out: []                  # files by ending, commas between
 control:
   wrong_audio: false     # give each clip the speech of another text: errors must rise
@@ -100,7 +108,7 @@ UNFINISHED, DROPPED = ".unfinished", ".dropped.jsonl"  # beside the .jsonl
 MANIFESTS = (".jsonl", ".json")
 HIDDEN = {ord(char): 0xE000 + ord(char) for char in ",[]$"}  # so names pass through load_config
 SHOWN = {number: char for char, number in HIDDEN.items()}
-ENDINGS = (".jsonl", ".txt", ".srt", ".json")
+ENDINGS = (".jsonl", ".txt", ".srt", ".json", ".wav")
 SAME_TEXTS = ("out", "workers", "batch_s", "max_dropped", "device")  # free to change
 CUE_S, CUE_CHARS, LINE_CHARS = 7.0, 84, 42  # subtitles: two lines of 42 characters, at most 7 s
 HOLD_S = 0.5  # a cue stays so much longer: CTC marks where a word is recognised, not where it ends
@@ -294,6 +302,16 @@ def cut_batches(lengths, batch_s):
 # ---- models -----------------------------------------------------------------
 
 
+def read_config(folder):
+    """config.json of a model's folder; Fun-ASR-Nano's own has none."""
+    if (folder / "model.pt").is_file():
+        return {"script": "finetune_encoder"}
+    if not (folder / "config.json").is_file():
+        raise model.UserError(f"model.dir={folder}: no model there; give a training's run.dir")
+    with model.loading(folder):
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
 def load_listener(cfg, device, dtype):
     """All that hears and writes: a namespace, which other scripts' load_listener give alike.
 
@@ -302,12 +320,7 @@ def load_listener(cfg, device, dtype):
     read_ctc(classes) -> text (None without CTC), spell(text) -> [(class, its text)] or None where
     CTC cannot, blank; position_s, seconds of a CTC position; about: what was loaded.
     """
-    folder, config = Path(cfg.model.dir), {"script": "finetune_encoder"}
-    if not (folder / "model.pt").is_file():  # it would be Fun-ASR-Nano's own folder
-        if not (folder / "config.json").is_file():
-            raise model.UserError(f"model.dir={folder}: no model there; give a training's run.dir")
-        with model.loading(folder):
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    folder, config = Path(cfg.model.dir), read_config(Path(cfg.model.dir))
     hub = config.get("model_type") == "fun_asr_nano"  # transformers' folder of it
     script = "finetune_encoder" if hub else config.get("script")
     if script == "train_phase2" and config.get("format") == model.FORMAT:
@@ -694,7 +707,7 @@ def check_outputs(outputs, jsonl, mark, wanted, rows, inputs):
         first = jsonl.open("rb").readline() if jsonl.is_file() and not known else b""
     except OSError as error:
         raise model.UserError(f"out: {path} cannot be written ({error.strerror})") from error
-    if first and b'"segments": ' not in first:
+    if first and not re.search(rb'"(segments|turns)": ', first):
         raise model.UserError(f"out: {jsonl} would be replaced, and is not infer.py's")
     if known not in ("", wanted):
         why = "unfinished, with other settings or weights"
@@ -736,6 +749,8 @@ def main(cfg):
     rows = list_rows(inputs, scratch.name, cfg.data.strip_tags)
     rows = swap_speech(rows, cfg.seed) if cfg.control.wrong_audio else rows
     outputs = [Path(name) for name in cfg.out]
+    if read_config(Path(cfg.model.dir)).get("script") == "train_duplex":
+        return answer_calls(rows, outputs, inputs, cfg, device, dtype)
     if world > 1 and not outputs:
         raise model.UserError("several processes need an output: give out=NAME.jsonl")
     first = sorted(outputs, key=lambda path: path.suffix != ".jsonl") or [Path(scratch.name, "out")]
@@ -779,6 +794,57 @@ def main(cfg):
         dropped = sum(found, [])
     if rank == 0:
         return finish(cfg, outputs, jsonl, rows, done[0], dropped, time.time() - started)
+
+
+def answer_calls(rows, outputs, inputs, cfg, device, dtype):
+    """What a duplex model says to each recording: audio and turns."""
+    script = importlib.import_module("train_duplex")
+    if wrong := [path for path in outputs if path.suffix not in (".wav", ".jsonl")]:
+        raise model.UserError(f"out: {wrong[0]}: a duplex model writes .wav and .jsonl")
+    first = next(
+        (path for path in outputs if path.suffix == ".jsonl"),
+        Path(outputs[0] if outputs else "out").with_suffix(".jsonl"),
+    )
+    check_outputs(outputs, first, first.with_suffix(UNFINISHED), "", rows, inputs)
+    duplex, lines, dropped = script.load_run(Path(cfg.model.dir), cfg, device, dtype), [], []
+    keys = [identity(row)["key"] for row in rows]
+    print(f"{len(rows)} recordings | duplex {cfg.model.dir} | {device} {dtype}")
+    for row, name in zip(map(spoken, rows), srt_names("", keys), strict=True):
+        try:
+            line, wave = script.answer(duplex, row, cfg, device, dtype)
+        except model.AudioError as error:
+            dropped.append({"key": row["key"], "reason": str(error)})
+            continue
+        for path in (path for path in outputs if path.suffix == ".wav"):
+            path = (
+                path
+                if len(rows) == 1
+                else path.with_name(path.stem + name[: -len(".srt")] + ".wav")
+            )
+            line["agent_audio"] = str(path)
+            rate = duplex.codec.sample_rate
+            model.save_atomic(
+                path, lambda file, w=wave, r=rate: soundfile.write(file, w, r, format="WAV")
+            )
+        for turn in line["turns"]:
+            print(
+                f"{row['key']}  {turn['start']:7.2f} {turn['end']:7.2f}  {turn['role']:6}{turn['text']}"
+            )
+        if "latency_ms" in line:
+            print(
+                "ms a frame of 80: {median} in the median, {p95} of 95 %, {worst} worst".format(
+                    **line["latency_ms"]
+                )
+            )
+        lines.append(line)
+    for path in (path for path in outputs if path.suffix == ".jsonl"):
+        model.save(path, lines)
+    if outputs:
+        model.save(first.with_suffix(DROPPED), dropped)
+    for row in dropped:
+        print(f"left out: {row['key']}: {row['reason']}")
+    if not lines:
+        sys.exit(1)
 
 
 def transcribe(rows, jsonl, listener, cfg, device, amp, rank, world):

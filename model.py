@@ -63,13 +63,14 @@ class AudioError(UserError):
 # ---- configuration ----------------------------------------------------------
 
 
-def load_config(arguments, defaults, aliases=None, optional=()):
+def load_config(arguments, defaults, aliases=None, optional=(), absent=()):
     """`[config.yaml] key=value ...` over the YAML text `defaults`; later ones win.
 
     Keys may be nested or dotted, in files too; `--config FILE`, `--config-path DIR --config-name
     NAME` and `++key=value` are taken, `~key` brings a default back. Where the default is text, a
     value stays as typed; where it is {}, any keys may stand below.
-    aliases   {another spelling: key}.  optional: sections that `null` switches off.
+    aliases   {another spelling: key}.  optional: sections that `null` switches off; absent: those
+    of them that are off until one of their keys is given.
     Output  DictConfig, read as `cfg.optim.lr`; keys whose default is ??? were given.
     Raises  UserError naming file or argument, and the nearest key for one that is unknown.
     """
@@ -80,7 +81,7 @@ def load_config(arguments, defaults, aliases=None, optional=()):
         rest = re.sub(r"^--config-(?:path|name)[=\n].*$", "", text, flags=re.M).split("\n")
         name = f"{named.get('path', '.')}/{named['name'].removesuffix('.yaml')}.yaml"
         arguments = [name, *filter(None, rest)]
-    known, off = flatten(OmegaConf.to_container(config)), set()
+    known, off = flatten(OmegaConf.to_container(config)), set(absent)
     free = tuple(f"{key}." for key, default in known.items() if default == {})  # names of all kinds
     try:
         for argument in arguments:
@@ -109,6 +110,8 @@ def load_config(arguments, defaults, aliases=None, optional=()):
                     OmegaConf.update(config, key, value, force_add=True)
                 elif key in known:
                     OmegaConf.update(config, key, convert(value, known[key], f"{where}: {key}"))
+                elif value in (*NULL, "") and any(name.startswith(f"{key}.") for name in known):
+                    continue  # `section:` with nothing below it
                 else:
                     nearest = difflib.get_close_matches(key, known, 1, 0.0)[0]
                     raise UserError(f"{where}: unknown key {key!r}; did you mean {nearest!r}?")
@@ -1055,11 +1058,16 @@ class SpeechEncoder(nn.Module):
     """A speech encoder behind one face.
 
     Attributes  width W, frame_ms (ms between frames), sample_rate (Hz), layers (its blocks, in
-                order), identity (what names the weights and all that changes the output).
+                order), identity (what names the weights and all that changes the output); causal:
+                an output hears nothing behind its frame, but `lookahead` samples; it has `stream`.
     features    wave (N,), key -> feats (T, F): in data workers, on the CPU.
     forward     feats (B, T, F), lens (B,) -> enc (B, T', W), lens (B,). Padding never matters.
     num_frames  samples -> T', the length formula that batching uses; out_lens: T -> T'.
+    stream      samples (n,), state (None at first; then each call has whole frames) -> enc
+                (1, k, W), state: the same outputs, as the audio comes in.
     """
+
+    causal, lookahead = False, 0
 
     def __init__(self, net, layers, width, frame_ms, identity, stride=1):
         super().__init__()
@@ -1208,6 +1216,54 @@ class ParakeetEncoder(SpeechEncoder):
         return self.net(feats, attention_mask=mask).last_hidden_state, self.out_lens(lens)
 
 
+class NemotronEncoder(SpeechEncoder):
+    """The causal FastConformer of transformers' nemotron_asr_streaming, without look-ahead (its
+    default are 13 frames): output t hears 80 (t + 1) ms, and the 12.5 ms of half a window."""
+
+    causal, lookahead = True, 200
+
+    def __init__(self, folder):
+        from transformers import NemotronAsrStreamingEncoder as Net
+        from transformers import NemotronAsrStreamingFeatureExtractor
+
+        net = Net.from_pretrained(folder, dtype=torch.float32)
+        net.layerdrop = 0.0  # where it trains, DDP waits for every layer
+        width, stride = net.config.hidden_size, net.config.subsampling_factor
+        identity = {"front_end": f"nemotron-mel{net.config.num_mel_bins}"}
+        super().__init__(net, net.layers, width, 10.0 * stride, identity, stride)
+        self.extractor = NemotronAsrStreamingFeatureExtractor.from_pretrained(folder)
+
+    def num_frames(self, samples):
+        return samples // (160 * self.stride)
+
+    def out_lens(self, lens):
+        return lens // self.stride
+
+    def features(self, wave, key=""):
+        frames = self.num_frames(len(wave))  # whole ones
+        wave = F.pad(wave[: frames * 160 * self.stride], (0, 400))  # windows are half as long
+        mels = self.extractor(wave.numpy(), sampling_rate=16000)["input_features"]
+        return torch.as_tensor(mels[0])[: frames * self.stride + 1]
+
+    def forward(self, feats, lens):
+        found = self.net(
+            feats, num_lookahead_tokens=0
+        )  # the future never matters, nor does padding
+        return found.last_hidden_state[:, 1:], self.out_lens(lens)  # the first hears 12.5 ms alone
+
+    def stream(self, samples, state=None):
+        # a window has 256 samples on either side of its centre, of which 200 count
+        first, (tail, caches) = state is None, state or (samples[:0], {})
+        wave = torch.cat([tail, samples])
+        padded = F.pad(wave, (0, 400 if first else 56)).numpy()
+        found = self.extractor(padded, sampling_rate=16000, center=first)["input_features"]
+        count = (len(samples) - self.lookahead * first) // 160
+        mels = torch.as_tensor(found)[:, : count + 1] if first else torch.as_tensor(found)
+        found = self.net(mels.to(self.net.device), use_cache=True, num_lookahead_tokens=0, **caches)
+        caches = {"cache": found.cache, "padding_cache": found.padding_cache}
+        return found.last_hidden_state[:, int(first) :], (wave[-296:], caches)
+
+
 def set_attention_window(encoder, left, right):
     """Let every layer of an encoder attend to so many frames only; -1: all. Convolutions (SANM's
     memory, Parakeet's) still see their neighbours."""
@@ -1234,7 +1290,8 @@ def set_attention_window(encoder, left, right):
 def load_encoder(
     name, language="auto", text_norm="woitn", keep_query_frames=False, pad_to_30s=False
 ):
-    """Load SenseVoiceSmall, Fun-ASR-Nano's encoder, or any Whisper or Parakeet of transformers.
+    """Load SenseVoiceSmall, Fun-ASR-Nano's encoder, or any Whisper, Parakeet or streaming Nemotron
+    of transformers.
 
     Input   name: on its hub, or a folder in the hub's layout; the rest is SenseVoiceSmall's, and
             pad_to_30s Whisper's.
@@ -1250,8 +1307,10 @@ def load_encoder(
             encoder = WhisperEncoder(folder, pad_to_30s)
         elif kind.startswith("parakeet"):
             encoder = ParakeetEncoder(folder)
+        elif kind.startswith("nemotron_asr_streaming"):
+            encoder = NemotronEncoder(folder)
         else:
-            known = "config.yaml of FunASR nor config.json of Whisper or Parakeet"
+            known = "config.yaml of FunASR nor config.json of Whisper, Parakeet or Nemotron"
             raise UserError(f"{name}: has neither {known} (model_type: {kind or 'none'})")
     encoder.identity["name"] = str(name)
     return encoder.eval()
@@ -1584,17 +1643,18 @@ def hear(adaptor, ctc, enc, enc_lens, speech="frames", read_ctc=True):
 # ---- LLM: loading, prompt, splice, loss, decoding ---------------------------
 
 
-def load_llm(name, dtype=torch.float32, device="cpu", lora=None):
+def load_llm(name, dtype=torch.float32, device="cpu", lora=None, chat=True):
     """Load a causal LLM, frozen for good, and its tokenizer.
 
-    Input   lora: settings of peft.LoraConfig for a new one (fp32), or the folder of a trained one.
+    Input   lora: settings of peft.LoraConfig for a new one (fp32), or the folder of a trained one;
+            chat: its tokenizer has to have a chat template.
     Output  (llm, tokenizer); with LoRA, `llm.peft` is the wrapper that saves or disables it.
     """
     from transformers import AutoModelForCausalLM
 
     folder = find_model(name)
     tokenizer = load_tokenizer(folder)
-    if tokenizer.chat_template is None:
+    if chat and tokenizer.chat_template is None:
         raise UserError(f"{folder}: its tokenizer has no chat template; use an instruct model")
     with loading(folder):
         llm = freeze(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))

@@ -4,7 +4,8 @@
 
 Each recording has a player, its texts, and, where it has a target, the words (Chinese: characters)
 that differ, marked in both; of a call whose channels were heard apart, the speakers' turns, with
-times that lead there. The page is one file; only its players refer to others, by paths relative to
+times that lead there; of one that a duplex model answered, both sides, which play together, and a
+drawing of who speaks when. The page is one file; only its players refer to others, by paths relative to
 its folder.
 """
 
@@ -50,10 +51,16 @@ function filter() {
 find.oninput = wrong.onchange = filter;
 document.onclick = event => {
   if (!event.target.dataset.at) return;
-  const audio = event.target.closest("article").querySelector("audio");
-  audio.currentTime = event.target.dataset.at;
-  audio.play();
+  for (const audio of event.target.closest("article").querySelectorAll("audio")) {
+    audio.currentTime = event.target.dataset.at;
+    audio.play();
+  }
 };
+for (const sides of document.querySelectorAll(".sides")) {
+  const [one, other] = sides.querySelectorAll("audio");
+  for (const [audio, twin] of other ? [[one, other], [other, one]] : [])
+    audio.onplay = () => { if (twin.paused) { twin.currentTime = audio.currentTime; twin.play(); } };
+}
 </script></body></html>
 """
 KINDS = {"text": "text", "ctc_text": "CTC", "encoder_text": "encoder's CTC"}
@@ -86,8 +93,47 @@ def turns(line):
     return "".join(rows)
 
 
+def drawing(turns, seconds):
+    """SVG of who speaks when: the user's turns above, the agent's below, seconds underneath."""
+    scale, parts = 900 / max(seconds, 1.0), []
+    for turn in turns:
+        x, width = turn["start"] * scale, max(2.0, (turn["end"] - turn["start"]) * scale)
+        y, colour = (4, "#9ec5fe") if turn["role"] == "user" else (34, "#a3cfbb")
+        text = html.escape(turn["text"])
+        parts.append(
+            f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="26" rx="4" fill="{colour}">'
+            f'<title>{text}</title></rect><svg x="{x:.1f}" y="{y}" width="{width:.1f}" height="26">'
+            f'<text x="5" y="17" font-size="12">{text}</text></svg>'
+        )
+    step = max(1, round(seconds / 15))
+    for second in range(0, int(seconds) + 1, step):
+        parts.append(f'<text x="{second * scale:.1f}" y="76" font-size="11">{second} s</text>')
+    return f'<svg viewBox="0 0 920 80" width="100%">{"".join(parts)}</svg>'
+
+
+def dialogue(line, folder):
+    """One call that a duplex model answered: both sides, and their turns."""
+    rows, sources = "", [line["source"], line.get("agent_audio")]
+    for turn in line["turns"]:
+        clock = f'<button data-at="{turn["start"]:.2f}">{turn["start"]:.2f} s</button>'
+        rows += f"<p>{clock} {turn['role']}: {html.escape(turn['text'])}</p>\n"
+    sides = [quote(os.path.relpath(source, folder)) for source in filter(None, sources)]
+    players = "".join(
+        f'<p>{name}<audio controls preload="none" src="{html.escape(source)}"></audio></p>\n'
+        for name, source in zip(("user", "agent"), sides, strict=False)
+    )
+    end = max([line["duration_s"], *(turn["end"] for turn in line["turns"])])
+    return 0.0, (
+        f'<article class="sides" data-errors="0"><h2>{html.escape(line["key"])} '
+        f"<small>{line['duration_s']:.1f} s</small></h2>\n{drawing(line['turns'], end)}\n"
+        f"{players}{rows}</article>"
+    )
+
+
 def article(line, folder):
     """One recording. Output: its errors per unit (-1: not scored), HTML."""
+    if "turns" in line:
+        return dialogue(line, folder)
     texts = {label: html.escape(line[kind]) for kind, label in KINDS.items() if kind in line}
     if "translation" in line:
         texts["translation"] = html.escape(line["translation"])

