@@ -1,10 +1,11 @@
-# make setup | test | torture | lint | demo | demo-telephone | demo-steermoe | demo-salm | bench
+# make setup | test | torture | lint | bench
+# make demo | demo-telephone | demo-steermoe | demo-salm | demo-duplex
 # ARGS="key=value ..." goes to the script behind; SPEECH=folder/manifest.jsonl: your own speech
 PYTHON ?= python3
 PY := .venv/bin/python
 SPOKEN := $(if $(SPEECH),speech=$(SPEECH))
 
-.PHONY: setup test torture lint demo demo-telephone demo-steermoe demo-salm bench
+.PHONY: setup test torture lint demo demo-telephone demo-steermoe demo-salm demo-duplex bench
 
 setup: .venv/.done
 
@@ -26,7 +27,7 @@ lint: setup
 demo: setup
 	$(PY) demo/run.py adaptor $(SPOKEN) $(ARGS)
 
-demo-telephone demo-steermoe demo-salm: setup
+demo-telephone demo-steermoe demo-salm demo-duplex: setup
 	$(PY) demo/run.py $(@:demo-%=%) $(SPOKEN) $(ARGS)
 
 bench: setup

@@ -3,7 +3,7 @@
     python infer.py configs/infer.yaml INPUT ... [key=value ...]
     python infer.py configs/infer.yaml call.wav recordings/ out=calls.srt,calls.jsonl
     python infer.py configs/infer.yaml data_aishell:test out=aishell.jsonl,aishell.json
-    python infer.py model.dir=DUPLEX call.wav out=answer.wav,turns.jsonl   # what it says to a caller
+    python infer.py model.dir=DUPLEX call.wav out=answer.wav,turns.jsonl   # what it says to it
     python report.py aishell.jsonl                            # a page to read and listen
     torchrun --nproc_per_node N infer.py ...                  # shares the recordings out
 
@@ -801,43 +801,34 @@ def answer_calls(rows, outputs, inputs, cfg, device, dtype):
     script = importlib.import_module("train_duplex")
     if wrong := [path for path in outputs if path.suffix not in (".wav", ".jsonl")]:
         raise model.UserError(f"out: {wrong[0]}: a duplex model writes .wav and .jsonl")
-    first = next(
-        (path for path in outputs if path.suffix == ".jsonl"),
-        Path(outputs[0] if outputs else "out").with_suffix(".jsonl"),
-    )
+    waves = [path for path in outputs if path.suffix == ".wav"]
+    tables = [path for path in outputs if path.suffix == ".jsonl"]
+    first = [*tables, *waves, Path("out")][0].with_suffix(".jsonl")
     check_outputs(outputs, first, first.with_suffix(UNFINISHED), "", rows, inputs)
     duplex, lines, dropped = script.load_run(Path(cfg.model.dir), cfg, device, dtype), [], []
-    keys = [identity(row)["key"] for row in rows]
+    names = [Path(name).stem for name in srt_names("", [identity(row)["key"] for row in rows])]
     print(f"{len(rows)} recordings | duplex {cfg.model.dir} | {device} {dtype}")
-    for row, name in zip(map(spoken, rows), srt_names("", keys), strict=True):
+    for row, name in zip(map(spoken, rows), names, strict=True):
         try:
             line, wave = script.answer(duplex, row, cfg, device, dtype)
         except model.AudioError as error:
             dropped.append({"key": row["key"], "reason": str(error)})
             continue
-        for path in (path for path in outputs if path.suffix == ".wav"):
-            path = (
-                path
-                if len(rows) == 1
-                else path.with_name(path.stem + name[: -len(".srt")] + ".wav")
+        sound = wave, duplex.codec.sample_rate
+        for path in waves:
+            path = path if len(rows) == 1 else path.with_name(f"{path.stem}{name}.wav")
+            model.save_atomic(
+                path, lambda file, own=sound: soundfile.write(file, *own, format="WAV")
             )
             line["agent_audio"] = str(path)
-            rate = duplex.codec.sample_rate
-            model.save_atomic(
-                path, lambda file, w=wave, r=rate: soundfile.write(file, w, r, format="WAV")
-            )
         for turn in line["turns"]:
-            print(
-                f"{row['key']}  {turn['start']:7.2f} {turn['end']:7.2f}  {turn['role']:6}{turn['text']}"
-            )
+            span = f"{turn['start']:7.2f} {turn['end']:7.2f}"
+            print(f"{row['key']}  {span}  {turn['role']:6}{turn['text']}")
         if "latency_ms" in line:
-            print(
-                "ms a frame of 80: {median} in the median, {p95} of 95 %, {worst} worst".format(
-                    **line["latency_ms"]
-                )
-            )
+            said = "{median} in the median, {p95} for 95 of 100, {worst} at worst"
+            print(f"ms for a frame of 80: {said.format(**line['latency_ms'])}")
         lines.append(line)
-    for path in (path for path in outputs if path.suffix == ".jsonl"):
+    for path in tables:
         model.save(path, lines)
     if outputs:
         model.save(first.with_suffix(DROPPED), dropped)

@@ -459,6 +459,45 @@ def log_metrics(folder, writer, step, values):
     writer.flush()  # what waits in its thread would be lost at the end
 
 
+def keep_best(kept, scores, conf, weights, folder, publish):
+    """step=N.pt of the save_top_k best, by exp_manager's checkpoint_callback_params, and
+    `publish(weights)` where they are the best of all; publish: None in all processes but one.
+
+    Output  [[score, file]], the lowest first: what to give next time.
+    """
+    if not conf.create_checkpoint_callback:
+        return kept
+    conf = conf.checkpoint_callback_params
+    if conf.monitor not in scores:
+        raise UserError(f"monitor={conf.monitor}: is none of {', '.join(scores)}")
+    score = scores[conf.monitor] * (1 if conf.mode == "min" else -1)
+
+    def written(match):
+        return f"{match[1]}={format(scores.get(match[1], ''), match[2] or '')}"
+
+    name = re.sub(r"\{(\w+)(?::([^}]*))?\}", written, conf.filename) + ".pt"
+    new = sorted([*kept, [score, name]])[: conf.save_top_k if conf.save_top_k >= 0 else None]
+    if publish is not None:
+        if score < min([score for score, _ in kept], default=math.inf):
+            publish(weights)
+        if [score, name] in new:
+            save(folder / name, weights)
+        for old in {file for _, file in kept} - {file for _, file in new} - {""}:
+            (folder / old).unlink(missing_ok=True)
+    return new or [[min(score, *(s for s, _ in kept)), ""]]
+
+
+def note_dropped(folder, rows, known, most):
+    """Name rows with a reason (key, where), once; UserError if they are more than max_dropped."""
+    for row in rows:
+        if row["reason"] and row["key"] not in known:
+            known.add(row["key"])
+            append(folder / "dropped.jsonl", [{k: row[k] for k in ("key", "where", "reason")}])
+            if len(known) > most:
+                last = f"the last is {row['where']}: {row['reason']}"
+                raise UserError(f"more than max_dropped={most} cannot be heard; {last}")
+
+
 def check_gradient(norm, step):
     """Stop where a gradient is not finite, before a checkpoint is made of it."""
     if not math.isfinite(norm):
@@ -1068,6 +1107,7 @@ class SpeechEncoder(nn.Module):
     """
 
     causal, lookahead = False, 0
+    keep_features = False  # they are worth it: frozen layers make them
 
     def __init__(self, net, layers, width, frame_ms, identity, stride=1):
         super().__init__()
@@ -1262,6 +1302,120 @@ class NemotronEncoder(SpeechEncoder):
         found = self.net(mels.to(self.net.device), use_cache=True, num_lookahead_tokens=0, **caches)
         caches = {"cache": found.cache, "padding_cache": found.padding_cache}
         return found.last_hidden_state[:, int(first) :], (wave[-296:], caches)
+
+
+class ScratchEncoder(SpeechEncoder):
+    """Log-mels, three convolutions of stride 2 and a GRU: 80 ms frames that hear no future.
+
+    Nothing is padded but the beginning of the wave, so that a stream has the same outputs.
+    """
+
+    causal = True
+    context = 21  # mel frames that the convolutions see in front of a frame of 80 ms
+
+    def __init__(self, rate, n_mels, channels, hidden, layers, dropout):
+        if rate % 1000:
+            raise UserError(f"data.source_sample_rate={rate}: whole kHz, for frames of 80 ms")
+        if len(channels) != 3:
+            raise UserError("perception.encoder.channels: three, for 80 ms a frame")
+        sizes = [n_mels, *map(int, channels)]
+        convs = nn.ModuleList(nn.Conv1d(a, b, 5, stride=2) for a, b in itertools.pairwise(sizes))
+        norms = nn.ModuleList(nn.LayerNorm(size) for size in sizes[1:])
+        gru = nn.GRU(sizes[-1], hidden, layers, batch_first=True, dropout=dropout)
+        about = {"front_end": f"causal-mel{n_mels}-{rate}", "channels": sizes[1:], "layers": layers}
+        net = nn.ModuleDict({"convs": convs, "norms": norms, "gru": gru})
+        super().__init__(net, [], hidden, 80.0, about)
+        del self.identity["weights"]  # random ones: those that count are saved
+        self.sample_rate, self.dropout = rate, dropout
+        self.hop, self.window = rate // 100, rate // 40
+        bank = torchaudio.functional.melscale_fbanks(257, 60.0, rate / 2, n_mels, rate)
+        self.register_buffer("bank", bank, persistent=False)
+
+    @property
+    def before(self):
+        """Samples that are heard in front of a frame."""
+        return self.context * self.hop + self.window - self.hop
+
+    def num_frames(self, samples):
+        return samples // (8 * self.hop)
+
+    def out_lens(self, lens):
+        return (lens - self.context) // 8
+
+    def mels(self, wave):
+        frames = wave.unfold(0, self.window, self.hop) * torch.hann_window(self.window)
+        power = torch.fft.rfft(frames, 512).abs().pow(2) @ self.bank.cpu()
+        return (power + 1e-6).log() / 4 + 1
+
+    def features(self, wave, key=""):
+        return self.mels(F.pad(wave, (self.before, 0)))
+
+    def convolve(self, x):
+        for conv, norm in zip(self.net["convs"], self.net["norms"], strict=True):
+            x = F.gelu(norm(conv(x.transpose(1, 2)).transpose(1, 2)))
+        return x
+
+    def forward(self, feats, lens):
+        x = F.dropout(self.convolve(feats), self.dropout, self.training)
+        return self.net["gru"](x)[0], self.out_lens(lens)
+
+    def stream(self, samples, state=None):
+        tail, hidden = state or (torch.zeros(self.before), None)
+        wave = torch.cat([tail, samples])
+        mels = self.mels(wave)[None].to(self.bank.device)
+        x, hidden = self.net["gru"](self.convolve(mels), hidden)
+        return x, (wave[-self.before :], hidden)
+
+
+class SpeechEmbedding(ScratchEncoder):
+    """Google's frozen speech_embedding (arXiv:2002.01322), 96 numbers of the last 775 ms at 16 kHz,
+    and a GRU of our own. The weights are openWakeWord's; see demo/dialogues.py."""
+
+    keep_features, context = True, 68
+    widths = (1, *[24] * 3, *[48] * 4, *[72] * 4, *[96] * 9)
+    pools = {2: (2, 2), 6: (1, 2), 10: (2, 2), 14: (1, 2), 18: (2, 2)}
+
+    def __init__(self, folder, hidden, layers, dropout, **_):
+        super().__init__(16000, 32, [1, 1, 96], hidden, layers, dropout)
+        self.net["convs"] = self.net["norms"] = nn.ModuleList()
+        self.window, self.front = 512, nn.ModuleDict({"norm": nn.BatchNorm2d(24, eps=1e-3)})
+        for n, (one, other) in enumerate(itertools.pairwise(self.widths)):
+            kernel = (3, 3) if n == 0 else (1, 3) if n % 2 and n < 19 else (3, 1)
+            padding = (0, 1) if kernel[1] == 3 else 0
+            self.front[str(n)] = nn.Conv2d(one, other, kernel, padding=padding)
+        self.register_buffer("hann", torch.zeros(512), persistent=False)
+        from safetensors.torch import load_file
+
+        weights = load_file(Path(folder) / "model.safetensors")
+        self.hann, self.bank = weights.pop("window"), weights.pop("bank")
+        load_weights(self.front, weights, folder)
+        freeze(self.front)
+        self.identity |= {"front_end": f"speech_embedding-{hash_tensors(weights)}"}
+
+    def mels(self, wave):
+        """In dB above a fixed floor: the original's, 80 dB below the loudest, knows the future."""
+        frames = 32768 * wave.unfold(0, self.window, self.hop) * self.hann.cpu()
+        power = torch.fft.rfft(frames).abs().pow(2) @ self.bank.cpu()
+        return power.clamp(min=100.0).log10() + 2
+
+    @torch.no_grad()
+    def features(self, wave, key=""):
+        return self.embed(super().features(wave).to(self.hann.device)).cpu()
+
+    def embed(self, mels):  # (F, 32) -> (T, 96)
+        x = self.front["0"](mels[None, None])
+        x = self.front["norm"](F.relu(x))
+        for n in range(1, 20):
+            x = self.front[str(n)](F.leaky_relu(x, 0.2).clamp(min=-0.4))
+            if n in self.pools:  # of what is activated, which is monotonous
+                x = F.max_pool2d(x, self.pools[n])
+        return x[0, :, :, 0].T
+
+    def convolve(self, x):
+        return x if x.shape[-1] == 96 else self.embed(x[0])[None]
+
+    def out_lens(self, lens):
+        return lens
 
 
 def set_attention_window(encoder, left, right):

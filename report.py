@@ -5,8 +5,8 @@
 Each recording has a player, its texts, and, where it has a target, the words (Chinese: characters)
 that differ, marked in both; of a call whose channels were heard apart, the speakers' turns, with
 times that lead there; of one that a duplex model answered, both sides, which play together, and a
-drawing of who speaks when. The page is one file; only its players refer to others, by paths relative to
-its folder.
+drawing of who speaks when. The page is one file; only its players refer to others, by paths
+relative to its folder.
 """
 
 import html
@@ -59,7 +59,9 @@ document.onclick = event => {
 for (const sides of document.querySelectorAll(".sides")) {
   const [one, other] = sides.querySelectorAll("audio");
   for (const [audio, twin] of other ? [[one, other], [other, one]] : [])
-    audio.onplay = () => { if (twin.paused) { twin.currentTime = audio.currentTime; twin.play(); } };
+    audio.onplay = () => {
+      if (twin.paused) { twin.currentTime = audio.currentTime; twin.play(); }
+    };
 }
 </script></body></html>
 """

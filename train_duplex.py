@@ -47,6 +47,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import statistics
 import sys
@@ -58,12 +59,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import safetensors.torch
 import soundfile
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchaudio
 from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -89,7 +88,7 @@ model:
   token_loss_weight: {pad: 1.0, bos: 1.0, eos: 1.0, text: 1.0}
   user_ctc_weight: 0.0       # +
   code_noise: 0.0            # + share of the frames whose codes are random where they are read
-  freeze_params: ['^audio_codec\..+$']  # regular expressions, from the start of a name; it always is
+  freeze_params: ['^audio_codec\..+$']  # expressions, from the start of a name; this always is
   prevent_freeze_params: []
   lora:                      # null or r=0: none
     {task_type: CAUSAL_LM, r: 0, lora_alpha: 8, lora_dropout: 0.0, target_modules: [q_proj, v_proj]}
@@ -191,6 +190,7 @@ data:
     <<: {batch_size: 32, num_workers: 2}
     <<: {seed: 42, shard_seed: randomized}  # - every set is read as it stands
     <<: {temperature: 0.0, top_k: 0}  # + of codes; 0: the likeliest one
+    score_turns: 100         # + of each set, that scoring_asr hears; 0: all
 save_every: 500              # + steps between two last.pt
 """
 SPELLING = {
@@ -201,10 +201,11 @@ SPELLING = {
     "optional": ("model.lora", "model.speech_decoder"), "absent": ("model.speech_decoder",),
 }  # fmt: skip
 FRAME_S = 0.08
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NEMOTRON = "nvidia/nemotron-speech-streaming-en-0.6b"
 EARLY_S, LATE_S, NEAR_S = -0.16, 1.0, 1.5  # an answer in time; a start that belongs to a turn
-KINDS = {"key": "string", "where": "string", "reason": "string", "user": "string",
-         "turns": "string", "frames": "int64", "lead": "int64"}  # fmt: skip
+KINDS = dict.fromkeys(("key", "where", "reason", "user", "turns"), "string")
+KINDS |= {"frames": "int64", "lead": "int64", "codes": "binary", "feats": "binary"}
 
 
 # ---- codecs -----------------------------------------------------------------
@@ -333,120 +334,116 @@ def text_channel(turns, total, pad, bos, eos):
 
 def list_dialogues(item, cache_dir):
     """(where, row) of a file of dialogues, or of Shar, whose audio is unpacked into cache_dir."""
-    if item.get("shar_path"):
-        try:
-            import lhotse
-        except ImportError:
-            said = "pip install lhotse, or write dialogues (see --help)"
-            raise model.UserError(f"shar_path={item['shar_path']}: {said}") from None
-        folder = Path(cache_dir, "shar", model.hash_text(str(Path(item["shar_path"]).absolute())))
-        folder.mkdir(parents=True, exist_ok=True)
-        for cut in lhotse.CutSet.from_shar(in_dir=item["shar_path"]):
-            names, row = ("user_audio", "agent_audio"), {"key": cut.id}
-            parts = (cut.recording, cut.load_audio()), (cut.target_audio, cut.load_target_audio())
-            for name, (recording, wave) in zip(names, parts, strict=True):
-                row[name] = str(folder / f"{model.hash_text(cut.id)}-{name}.flac")
-                soundfile.write(row[name], wave[0], recording.sampling_rate)
-            turns = [(s.speaker, s.start, s.end, s.text) for s in cut.supervisions]
-            names = ("role", "start", "end", "text")
-            row["turns"] = [dict(zip(names, turn, strict=True)) for turn in turns]
-            yield f"{item['shar_path']}: {cut.id}", row
+    if "shar_path" in item:
+        yield from list_shar(item["shar_path"], cache_dir)
         return
+    folder = os.path.dirname(item["manifest_filepath"])
     for where, line in model.read_lines(item["manifest_filepath"]):
         try:
             row = json.loads(line)
-            row.setdefault("key", row.get("id") or where)
+            row["key"] = str(row.get("key") or row.get("id") or where)
             for channel, name in enumerate(("user", "agent")):
-                row.setdefault(f"{name}_channel", None if row.get(f"{name}_audio") else channel)
                 source = row.get(f"{name}_audio") or row["audio"]
-                row[f"{name}_audio"] = os.path.join(
-                    os.path.dirname(item["manifest_filepath"]), source
-                )
-            row["turns"] = [
-                {"role": turn["role"], "text": turn["text"]}
-                | {side: float(turn[side]) for side in ("start", "end")}
-                for turn in row["turns"]
-            ]
+                alone = "mix" if row.get(f"{name}_audio") else channel
+                channel = str(row.get(f"{name}_channel", alone))
+                row[name] = {"source": os.path.join(folder, source), "channel": channel}
+            for turn in row["turns"]:
+                turn |= {side: float(turn[side]) for side in ("start", "end")}
+                turn["role"], turn["text"] = str(turn["role"]), str(turn["text"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise model.UserError(f"{where}: not a dialogue ({error!r})") from error
         yield where, row
 
 
-def to_channels(row, where, cfg, parts):
-    """Frames, text and codes of a dialogue: a row of read_dialogues."""
-    codec, encoder = parts.codec, parts.encoder
-    roles = {role: name for name in ("input", "output") for role in cfg.data[f"{name}_roles"]}
-    if wrong := [turn["role"] for turn in row["turns"] if turn["role"] not in roles]:
-        said = f"data.input_roles={list(cfg.data.input_roles)}, output_roles={list(cfg.data.output_roles)}"
-        raise model.UserError(f"{where}: role {wrong[0]!r} is in neither of {said}")
-    turns = sorted(row["turns"], key=lambda turn: turn["start"])
-    for turn in turns:
-        turn["role"] = "agent" if roles[turn["role"]] == "output" else "user"
-    found = {"text": [], "user_ids": [], "codes": b"", "feats": b"", "frames": 0, "lead": 0}
-    found |= {"key": str(row["key"]), "where": where, "reason": "", "turns": "[]"}
-    user = {"source": row["user_audio"], "channel": row.get("user_channel")}
-    found["user"] = json.dumps(user)
+def list_shar(path, cache_dir):
     try:
-        channel = row.get("agent_channel")
-        channel = "mix" if channel is None else str(channel)
-        wave = model.load_audio(row["agent_audio"], codec.sample_rate, channel=channel)
-        seconds = max(len(wave) / codec.sample_rate, model.audio_seconds(user["source"]))
+        import lhotse
+    except ImportError:
+        said = "pip install lhotse, or write dialogues (see --help)"
+        raise model.UserError(f"shar_path={path}: {said}") from None
+    folder = Path(cache_dir, "shar", model.hash_text(str(Path(path).absolute())))
+    folder.mkdir(parents=True, exist_ok=True)
+    for cut in lhotse.CutSet.from_shar(in_dir=path):
+        row, own = {"key": cut.id}, model.hash_text(cut.id)
+        sides = (cut.recording, cut.load_audio()), (cut.target_audio, cut.load_target_audio())
+        for name, (recording, wave) in zip(("user", "agent"), sides, strict=True):
+            row[name] = {"source": str(folder / f"{own}-{name}.flac"), "channel": "mix"}
+            soundfile.write(row[name]["source"], wave[0], recording.sampling_rate)
+        row["turns"] = [
+            {"role": s.speaker, "start": s.start, "end": s.end, "text": s.text}
+            for s in cut.supervisions
+        ]
+        yield f"{path}: {cut.id}", row
+
+
+def to_channels(row, where, cfg, parts):
+    """Frames, text, codes and turns of a dialogue: a row of read_dialogues."""
+    roles = dict.fromkeys(cfg.data.input_roles, "user")
+    roles |= dict.fromkeys(cfg.data.output_roles, "agent")
+    if wrong := {turn["role"] for turn in row["turns"]} - roles.keys():
+        said = f"is in neither of data.input_roles and output_roles: {[*roles]}"
+        raise model.UserError(f"{where}: role {min(wrong)!r} {said}")
+    found = {"key": row["key"], "where": where, "reason": "", "user": json.dumps(row["user"])}
+    found |= {"turns": "[]", "text": [], "user_ids": [], "codes": b"", "feats": b""}
+    found |= {"frames": 0, "lead": 0}
+    rate, turns = parts.codec.sample_rate, sorted(row["turns"], key=lambda turn: turn["start"])
+    try:
+        wave = model.load_audio(rate=rate, **row["agent"])
+        seconds = max(len(wave) / rate, model.audio_seconds(row["user"]["source"]))
         frames = math.ceil(seconds / FRAME_S - 1e-6)
-        spans = [(math.floor(t["start"] / FRAME_S + 1e-6), math.ceil(t["end"] / FRAME_S - 1e-6))
-                 for t in turns]  # fmt: skip
-        speaks = [(turn, *span) for turn, span in zip(turns, spans, strict=True)
-                  if turn["role"] == "agent" and span[0] < frames]  # fmt: skip
-        # BOS is never the first label: who begins at once is heard a little later, and the user
-        lead = max([0, *(2 - first for _, first, _ in speaks[:1])])
-        texts = [model.text_to_ids(parts.tokenizer, [turn["text"]])[0] for turn in turns]
-        ids = {id(turn): text for turn, text in zip(turns, texts, strict=True)}
-        own = [(first + lead, end + lead, ids[id(turn)]) for turn, first, end in speaks]
-        frames += lead
-        found["text"] = text_channel(own, frames, *parts.special)
-        size = round(frames * FRAME_S * codec.sample_rate)
-        wave = F.pad(wave, (round(lead * FRAME_S * codec.sample_rate), 0))
-        codes = codec.encode(F.pad(wave, (0, max(0, size - len(wave))))[:size])
-        found |= {"frames": frames, "lead": lead}
-        found["codes"] = codes.numpy().astype(np.int16).tobytes()
+        own, lead = [], 0
+        for turn in turns:
+            turn["role"] = roles[turn["role"]]
+            ids = model.text_to_ids(parts.tokenizer, [turn["text"]])[0]
+            first = math.floor(turn["start"] / FRAME_S + 1e-6)
+            if turn["role"] == "user":
+                found["user_ids"].append(ids)
+            elif first < frames:
+                # BOS is never the first label: who begins at once is heard a little later,
+                # and the user too
+                lead = lead if own else max(0, 2 - first)
+                own.append((first + lead, math.ceil(turn["end"] / FRAME_S - 1e-6) + lead, ids))
         for turn in turns:
             turn["start"], turn["end"] = (turn[s] + lead * FRAME_S for s in ("start", "end"))
-        found |= {"turns": json.dumps(turns)}
-        said = [text for turn, text in zip(turns, texts, strict=True) if turn["role"] == "user"]
-        found["user_ids"] = said
-        if getattr(encoder, "made_once", False):
-            found["feats"] = user_features(encoder, user, frames, lead, "").numpy().tobytes()
+        frames += lead
+        found |= {"frames": frames, "lead": lead, "turns": json.dumps(turns)}
+        found["text"] = text_channel(own, frames, *parts.special)
+        codes = parts.codec.encode(in_frames(wave, rate, frames, lead))
+        found["codes"] = codes.numpy().astype(np.int16).tobytes()
+        if parts.encoder.keep_features:
+            feats = user_features(parts.encoder, row["user"], frames, lead, row["key"])
+            found["feats"] = feats.numpy().tobytes()
     except (model.AudioError, ValueError) as error:
         found["reason"] = str(error)
     return found
 
 
+def in_frames(wave, rate, frames, lead):
+    """A wave with `lead` frames of silence in front, made `frames` long."""
+    wave, size = F.pad(wave, (round(lead * FRAME_S * rate), 0)), round(frames * FRAME_S * rate)
+    return F.pad(wave, (0, max(0, size - len(wave))))[:size]
+
+
 def user_features(encoder, user, frames, lead, key):
-    """What the encoder reads of a user, from `lead` frames of silence on, made `frames` long."""
-    channel, rate = user["channel"], encoder.sample_rate
-    wave = model.load_audio(
-        user["source"], rate, channel="mix" if channel is None else str(channel)
-    )
-    wave, total = F.pad(wave, (round(lead * FRAME_S * rate), 0)), round(frames * FRAME_S * rate)
-    return encoder.features(F.pad(wave, (0, max(0, total - len(wave))))[:total], key)
+    """What the encoder reads of a user."""
+    wave = model.load_audio(rate=encoder.sample_rate, **user)
+    return encoder.features(in_frames(wave, encoder.sample_rate, frames, lead), key)
 
 
 def read_dialogues(conf, cfg, parts, cache_dir):
-    """A memory-mapped Dataset of KINDS, text (T,), codes (T * K) and, of each turn of the user,
-    user_ids; made once."""
+    """A memory-mapped Dataset of what to_channels makes of dialogues, once: KINDS, text (T,), codes
+    (T, K) and perhaps feats as bytes, and user_ids of each turn of the user."""
     import datasets
 
     datasets.disable_progress_bars()
     kinds = {name: datasets.Value(kind) for name, kind in KINDS.items()}
-    kinds |= {"text": datasets.List(datasets.Value("int32"))}
-    kinds |= {"user_ids": datasets.List(datasets.List(datasets.Value("int32")))}
-    kinds |= dict.fromkeys(("codes", "feats"), datasets.Value("binary"))  # lists would take long
-    items = [
-        {"manifest_filepath": path} for path in model.as_list(conf.get("manifest_filepath", []))
-    ]
+    kinds["text"] = datasets.List(datasets.Value("int32"))
+    kinds["user_ids"] = datasets.List(kinds["text"])
+    paths = model.as_list(conf.get("manifest_filepath", []))
+    items = [{"manifest_filepath": path} for path in paths]
     items += [{"shar_path": conf["shar_path"]}] if conf.get("shar_path") else []
-    items += [
-        {key: item[key] for key in item if key != "type"} for item in conf.get("input_cfg") or []
-    ]
+    for item in conf.get("input_cfg") or []:
+        items.append({key: value for key, value in item.items() if key != "type"})
 
     def make(item):
         bar = tqdm(unit="dialogue", desc="codes", disable=None)
@@ -455,21 +452,18 @@ def read_dialogues(conf, cfg, parts, cache_dir):
             yield to_channels(row, where, cfg, parts)
 
     about = [parts.tokenizer.backend_tokenizer.to_str(), parts.special, parts.codec.identity]
-    about += [
-        parts.encoder.identity if getattr(parts.encoder, "made_once", False) else "",
-        str(kinds),
-    ]
-    about += [[*cfg.data.input_roles], [*cfg.data.output_roles]]
+    about += [str(kinds), [*cfg.data.input_roles], [*cfg.data.output_roles]]
+    about += [parts.encoder.identity] if parts.encoder.keep_features else []
     tables = []
     for item in items:
-        path = item.get("shar_path") or item["manifest_filepath"]
-        mark = model.hash_text([model.file_stamp(path), about])
+        (path,) = item.values()
+        given = {"fingerprint": model.hash_text([model.file_stamp(path), about])}
         try:
             kept = datasets.Features(kinds), str(cache_dir)
-            rest = {"gen_kwargs": {"item": item}, "fingerprint": mark}
-            tables.append(datasets.Dataset.from_generator(make, *kept, **rest))
+            rows = datasets.Dataset.from_generator(make, *kept, gen_kwargs={"item": item}, **given)
         except datasets.exceptions.DatasetGenerationError as error:
             raise error.__cause__ or error from None
+        tables.append(rows)
     if not sum(map(len, tables)):
         raise model.UserError("no dialogues: give manifest_filepath of each set")
     return datasets.concatenate_datasets(tables)
@@ -502,65 +496,58 @@ class Dialogues(torch.utils.data.Dataset):
 
     def __init__(self, rows, duplex, rank=0, swapped=None, masks=None, seed=0):
         self.rows, self.rank, self.swapped, self.seed = rows, rank, swapped or {}, seed
+        self.encoder, self.codec = duplex.perception.encoder, duplex.codec
+        self.special, self.classes = duplex.special, duplex.ctc_class
         self.masks = masks and model.SpecAugLFR(
             lfr_rate=0, num_freq_mask=masks.freq_masks, num_time_mask=masks.time_masks,
             freq_mask_width_range=(0, masks.freq_width + 1),
             time_mask_width_range=(0, masks.time_width + 1),
         )  # fmt: skip
-        self.encoder, self.codec = duplex.perception.encoder, duplex.codec
-        self.special, self.classes = duplex.special, duplex.ctc_class
 
     def __getitem__(self, place):
-        epoch, number, group = place
-        rows = [self.rows[n] for n in map(int, group[self.rank])]
-        feats, codes, (pad, bos, eos), codec = [], [], self.special, self.codec
-        for n, row in zip(group[self.rank], rows, strict=True):
-            other = self.rows[self.swapped.get(int(n), int(n))]
-            known = row["feats"] and not self.swapped
-            feats.append(torch.frombuffer(bytearray(row["feats"]), dtype=torch.float32).view(row["frames"], -1) if known else
-                         self.features(json.loads(other["user"]), row, other["lead"]))  # fmt: skip
+        (epoch, number, group), (pad, bos, eos) = place, self.special
+        rows, feats, codes = [], [], []
+        for n in map(int, group[self.rank]):
+            row = self.rows[n]
+            feats.append(self.features(n, row))
             if self.masks:
-                own = np.random.default_rng([self.seed, epoch, int(n)]).integers(2**62)
-                feats[-1] = self.masks(feats[-1], torch.Generator().manual_seed(int(own)))
-            code, text = (
-                torch.frombuffer(bytearray(row["codes"]), dtype=torch.int16).view(
-                    -1, codec.codebooks
-                ),
-                np.array(row["text"]),
-            )
-            code[torch.from_numpy(text == bos)] = codec.bos
-            code[torch.from_numpy(text == eos)] = codec.eos
+                own = int(np.random.default_rng([self.seed, epoch, n]).integers(2**62))
+                feats[-1] = self.masks(feats[-1], torch.Generator().manual_seed(own))
+            code = torch.frombuffer(bytearray(row["codes"]), dtype=torch.int16).long()
+            code, row["text"] = code.view(-1, self.codec.codebooks), torch.tensor(row["text"])
+            code[row["text"] == bos], code[row["text"] == eos] = self.codec.bos, self.codec.eos
             codes.append(code)
-        frames = torch.tensor([row["frames"] for row in rows])
-        lens = torch.tensor([len(x) for x in feats])
-        text = pad_sequence([torch.tensor(row["text"]) for row in rows], True, pad).long()
-        sound, mask = pad_sequence(codes, True).long(), model.length_mask(frames, text.shape[1])
-        sound = torch.where(mask[..., None], sound, codec.silence)
-        user = [self.user_turns(row) for row in rows]
-        batch = pad_sequence(feats, True), lens, frames, text, sound, user, rows
-        return Batch(*batch, epoch, number + 1)
+            rows.append(row)
+        frames, lens = (torch.tensor([*map(len, part)]) for part in (codes, feats))
+        text = pad_sequence([row["text"] for row in rows], True, pad).long()
+        mask = model.length_mask(frames, text.shape[1])[..., None]
+        codes = torch.where(mask, pad_sequence(codes, True), self.codec.silence)
+        batch = pad_sequence(feats, True), lens, frames, text, codes
+        return Batch(*batch, [self.user_turns(row) for row in rows], rows, epoch, number + 1)
+
+    def features(self, n, row):
+        """What the encoder reads in dialogue n, or, swapped, in place of its user."""
+        other = self.rows[self.swapped[n]] if self.swapped else row
+        if row["feats"] and other is row:
+            feats = torch.frombuffer(bytearray(row["feats"]), dtype=torch.float32)
+            return feats.view(row["frames"], -1)
+        rest = self.encoder, json.loads(other["user"]), row["frames"], other["lead"], row["key"]
+        try:
+            return user_features(*rest)
+        except model.AudioError as error:  # silence, and no CTC; named by note_dropped
+            row["reason"], rate = str(error), self.encoder.sample_rate
+            return self.encoder.features(in_frames(torch.zeros(1), rate, row["frames"], 0))
 
     def user_turns(self, row):
         """(first frame, end, CTC classes) of each turn; 0.24 s behind it a word may still come."""
         turns = [turn for turn in json.loads(row["turns"]) if turn["role"] == "user"]
-        firsts = [int(turn["start"] / FRAME_S) for turn in turns] + [row["frames"]]
-        ends = [min(math.ceil(turn["end"] / FRAME_S) + 3, nxt)
-                for turn, nxt in zip(turns, firsts[1:], strict=True)]  # fmt: skip
-        ids = [[self.classes[i] for i in ids if i in self.classes] for ids in row["user_ids"]]
-        return [
-            turn
-            for turn in zip(firsts[:-1], ends, ids, strict=True)
-            if turn[2] and not row["reason"]
-        ]
-
-    def features(self, user, row, lead):
-        try:
-            return user_features(self.encoder, user, row["frames"], lead, row["key"])
-        except model.AudioError as error:
-            row["reason"] = str(error)  # it is silence then; named in `note_dropped`
-            return self.encoder.features(
-                torch.zeros(round(row["frames"] * FRAME_S * self.encoder.sample_rate))
-            )
+        firsts, found = [int(turn["start"] / FRAME_S) for turn in turns] + [row["frames"]], []
+        for n, (turn, ids) in enumerate(zip(turns, row["user_ids"], strict=True)):
+            end = min(math.ceil(turn["end"] / FRAME_S) + 3, firsts[n + 1])
+            ids = [self.classes[i] for i in ids if i in self.classes]
+            if ids and not row["reason"]:
+                found.append((firsts[n], end, ids))
+        return found
 
     def load(self, places, workers, device):
         rest = {"num_workers": workers, "pin_memory": device.type == "cuda"}
@@ -568,123 +555,6 @@ class Dialogues(torch.utils.data.Dataset):
 
 
 # ---- model and losses -------------------------------------------------------
-
-
-class ScratchEncoder(model.SpeechEncoder):
-    """Log-mels, three convolutions of stride 2 and a GRU: 80 ms frames that hear no future.
-
-    Nothing is padded but the beginning of the wave, so that a stream has the same outputs.
-    """
-
-    causal, made_once = True, False
-    context = 21  # mel frames that the convolutions see in front of a frame of 80 ms
-
-    def __init__(self, rate, n_mels, channels, hidden, layers, dropout):
-        if rate % 1000:
-            raise model.UserError(f"data.source_sample_rate={rate}: whole kHz, for frames of 80 ms")
-        if len(channels) != 3:
-            raise model.UserError("perception.encoder.channels: three, for 80 ms a frame")
-        sizes = [n_mels, *map(int, channels)]
-        convs = nn.ModuleList(nn.Conv1d(a, b, 5, stride=2) for a, b in itertools.pairwise(sizes))
-        norms = nn.ModuleList(nn.LayerNorm(size) for size in sizes[1:])
-        gru = nn.GRU(sizes[-1], hidden, layers, batch_first=True, dropout=dropout)
-        about = {"front_end": f"causal-mel{n_mels}-{rate}", "channels": sizes[1:], "layers": layers}
-        net = nn.ModuleDict({"convs": convs, "norms": norms, "gru": gru})
-        super().__init__(net, [], hidden, 80.0, about)
-        del self.identity["weights"]  # random ones: those that count are saved
-        self.sample_rate, self.hop, self.window, self.dropout = (
-            rate,
-            rate // 100,
-            rate // 40,
-            dropout,
-        )
-        bank = torchaudio.functional.melscale_fbanks(257, 60.0, rate / 2, n_mels, rate)
-        self.register_buffer("bank", bank, persistent=False)
-
-    @property
-    def before(self):
-        """Samples that are heard in front of a frame."""
-        return self.context * self.hop + self.window - self.hop
-
-    def num_frames(self, samples):
-        return samples // (8 * self.hop)
-
-    def out_lens(self, lens):
-        return (lens - self.context) // 8
-
-    def mels(self, wave):
-        frames = wave.unfold(0, self.window, self.hop) * torch.hann_window(self.window)
-        power = torch.fft.rfft(frames, 512).abs().pow(2) @ self.bank.cpu()
-        return (power + 1e-6).log() / 4 + 1
-
-    def features(self, wave, key=""):
-        return self.mels(F.pad(wave, (self.before, 0)))
-
-    def convolve(self, x):
-        for conv, norm in zip(self.net["convs"], self.net["norms"], strict=True):
-            x = F.gelu(norm(conv(x.transpose(1, 2)).transpose(1, 2)))
-        return x
-
-    def forward(self, feats, lens):
-        x = F.dropout(self.convolve(feats), self.dropout, self.training)
-        return self.net["gru"](x)[0], self.out_lens(lens)
-
-    def stream(self, samples, state=None):
-        tail, hidden = state or (torch.zeros(self.before), None)
-        wave = torch.cat([tail, samples])
-        x, hidden = self.net["gru"](
-            self.convolve(self.mels(wave)[None].to(self.bank.device)), hidden
-        )
-        return x, (wave[-self.before :], hidden)
-
-
-class SpeechEmbedding(ScratchEncoder):
-    """Google's frozen speech_embedding (arXiv:2002.01322), 96 numbers of the last 775 ms at 16 kHz,
-    and a GRU of our own. The weights are openWakeWord's; see demo/dialogues.py."""
-
-    made_once, context = True, 68  # its features are kept beside the codes
-    widths = (1, *[24] * 3, *[48] * 4, *[72] * 4, *[96] * 9)
-    pools = {2: (2, 2), 6: (1, 2), 10: (2, 2), 14: (1, 2), 18: (2, 2)}
-
-    def __init__(self, folder, hidden, layers, dropout, **_):
-        super().__init__(16000, 32, [1, 1, 96], hidden, layers, dropout)
-        self.net["convs"] = self.net["norms"] = nn.ModuleList()
-        self.window, self.front = 512, nn.ModuleDict({"norm": nn.BatchNorm2d(24, eps=1e-3)})
-        for n, (one, other) in enumerate(itertools.pairwise(self.widths)):
-            kernel = (3, 3) if n == 0 else (1, 3) if n % 2 and n < 19 else (3, 1)
-            padding = (0, 1) if kernel[1] == 3 else 0
-            self.front[str(n)] = nn.Conv2d(one, other, kernel, padding=padding)
-        self.register_buffer("hann", torch.zeros(512), persistent=False)
-        weights = safetensors.torch.load_file(Path(folder) / "model.safetensors")
-        self.hann, self.bank = weights.pop("window"), weights.pop("bank")
-        model.load_weights(self.front, weights, folder)
-        model.freeze(self.front)
-        self.identity |= {"front_end": f"speech_embedding-{model.hash_tensors(weights)}"}
-
-    def mels(self, wave):
-        """In dB above a fixed floor: the original's, 80 dB below the loudest, knows the future."""
-        frames = 32768 * wave.unfold(0, self.window, self.hop) * self.hann.cpu()
-        power = torch.fft.rfft(frames).abs().pow(2) @ self.bank.cpu()
-        return power.clamp(min=100.0).log10() + 2
-
-    @torch.no_grad()
-    def features(self, wave, key=""):
-        return self.embed(super().features(wave).to(self.hann.device)).cpu()
-
-    def embed(self, mels):  # (F, 32) -> (T, 96)
-        x = self.front["0"](mels[None, None])
-        x = self.front["norm"](F.relu(x))
-        for n in range(1, 20):
-            x = self.front[str(n)](F.leaky_relu(x, 0.2).clamp(min=-0.4))
-            if n in self.pools:  # of what is activated, which is monotonous
-                x = F.max_pool2d(x, self.pools[n])
-        return x[0, :, :, 0].T
-
-    def convolve(self, x):
-        return x if x.shape[-1] == 96 else self.embed(x[0])[None]
-
-    def out_lens(self, lens):
-        return lens
 
 
 class Perception(nn.Module):
@@ -700,15 +570,12 @@ class Perception(nn.Module):
             raise model.UserError(f"model.perception.{said}")
         if kind == "ConformerEncoder":
             names = inspect.signature(model.Conformer).parameters.keys() - {"feat_in"}
-            self.modality_adapter = model.Conformer(
-                encoder.width, **{name: own[name] for name in own if name in names}
-            )
+            rest = {name: own[name] for name in own if name in names}
+            self.modality_adapter = model.Conformer(encoder.width, **rest)
             inner, left = self.modality_adapter.width, int(own["att_context_size"][0])
-            whole = (
-                left < 0 or own["self_attention_model"] == "abs_pos"
-            )  # frames that a frame hears
             reach = own["n_layers"] * (left + own["conv_kernel_size"] - 1) + 1
-            self.context = sys.maxsize if whole else reach
+            whole = left < 0 or own["self_attention_model"] == "abs_pos"
+            self.context = sys.maxsize if whole else reach  # frames that a frame hears
         elif kind != "IdentityConnector":
             known = "ConformerEncoder, IdentityConnector"
             raise model.UserError(f"modality_adapter._target_: {kind} is none of {known}")
@@ -747,8 +614,9 @@ class SpeechDecoder(nn.Module):
         drop = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), conf.dropout)
         self.net = GPT2Model(GPT2Config(
             vocab_size=1, n_embd=conf.d_model, n_layer=conf.n_layers, n_head=conf.n_heads,
-            n_inner=conf.d_ff, n_positions=conf.max_seq_len, layer_norm_epsilon=conf.layernorm_epsilon,
-            activation_function=conf.activation_function, initializer_range=conf.init_method_std, **drop,
+            n_inner=conf.d_ff, n_positions=conf.max_seq_len, **drop,
+            layer_norm_epsilon=conf.layernorm_epsilon, initializer_range=conf.init_method_std,
+            activation_function=conf.activation_function,
         ))  # fmt: skip
         self.net.wte = nn.Identity()  # it reads no tokens
         self.proj = nn.Linear(width, conf.d_model)
@@ -776,9 +644,8 @@ class Duplex(nn.Module):
         self.size, self.speech_decoder = codec.size + 3, None
         every = codec.codebooks * self.size
         if conf.speech_decoder:
-            self.speech_decoder = SpeechDecoder(
-                width, codec.codebooks, self.size, conf.speech_decoder
-            )
+            rest = codec.codebooks, self.size, conf.speech_decoder
+            self.speech_decoder = SpeechDecoder(width, *rest)
         else:
             self.audio_embed, self.audio_head = nn.Embedding(every, width), nn.Linear(width, every)
             loud = model.embedding_rms(llm.get_input_embeddings().weight)
@@ -813,9 +680,7 @@ class Duplex(nn.Module):
         conf, device, (_, bos, eos) = self.cfg.model, feats.device, self.special
         speech, enc, lens = self.perception(feats, batch.lens)
         if lens.tolist() != batch.frames.tolist():
-            raise ValueError(
-                f"{lens.tolist()} frames of the encoder, {batch.frames.tolist()} of codes"
-            )
+            raise ValueError(f"frames: {lens.tolist()} of users, {batch.frames.tolist()} of codes")
         sums = {"text": enc.sum() * 0.0, "audio": enc.sum() * 0.0, "ctc": enc.sum() * 0.0}
         if self.ctc is not None:
             sums["ctc"] = self.user_ctc(self.ctc(enc).float().log_softmax(-1), batch)
@@ -833,28 +698,24 @@ class Duplex(nn.Module):
         ce = F.cross_entropy(logits.transpose(1, 2), label, reduction="none") * real  # (B, T - 1)
         sums["text"] = (ce * self.text_weights[label]).sum()
         logits, label = self.audio_logits(hidden, heard), codes[:, :-1]
-        code_ce = (
-            F.cross_entropy(logits.permute(0, 3, 1, 2), label, reduction="none").mean(-1) * real
-        )
-        sums["audio"] = code_ce.sum()
+        code_ce = F.cross_entropy(logits.permute(0, 3, 1, 2), label, reduction="none").mean(-1)
+        sums["audio"] = (code_ce * real).sum()
         turn = (text == bos).cumsum(1) - (text == eos).cumsum(1)
         speaks = ((turn > 0) & (text != bos))[:, :-1]
-        kinds = dict(
-            zip(("pad", "bos", "eos"), (text[:, 1:] == i for i in self.special), strict=True)
-        )
-        kinds["text"] = ~(kinds["pad"] | kinds["bos"] | kinds["eos"])
-        for name, kind in kinds.items():
-            sums |= {f"ce_{name}": ce.detach()[kind].sum(), f"n_{name}": (kind & real).sum()}
-        for name, kind in (("silent", ~speaks), ("speaking", speaks)):
-            sums |= {f"ce_{name}": code_ce.detach()[kind].sum(), f"n_{name}": (kind & real).sum()}
+        is_pad, is_bos, is_eos = (text[:, 1:] == token for token in self.special)
+        for name, kind, costs in (
+            ("pad", is_pad, ce), ("bos", is_bos, ce), ("eos", is_eos, ce),
+            ("text", ~(is_pad | is_bos | is_eos), ce),
+            ("silent", ~speaks, code_ce), ("speaking", speaks, code_ce),
+        ):  # fmt: skip
+            own = kind & real
+            sums |= {f"ce_{name}": costs.detach()[own].sum(), f"n_{name}": own.sum()}
         return sums
 
     def user_ctc(self, log_probs, batch):
-        """-log p of the user's words, (B, T, C + 1): CTC inside each turn, blanks in all between."""
-        blank, turns = (
-            len(self.ctc_tokens),
-            [(b, *t) for b, own in enumerate(batch.user) for t in own],
-        )
+        """-log p of the user's words, (B, T, C + 1): CTC inside each turn, blanks between them."""
+        blank = len(self.ctc_tokens)
+        turns = [(b, *turn) for b, own in enumerate(batch.user) for turn in own]
         between = model.length_mask(batch.frames, log_probs.shape[1])
         for b, first, end, _ in turns:
             between[b, first:end] = False
@@ -962,9 +823,8 @@ def special_tokens(tokenizer, conf):
     wrong = [n for n, i in ids.items() if i is None or names[n] not in tokenizer.get_vocab()]
     if wrong or len(set(ids.values())) < 3:
         said = f"{names}: three different tokens of the tokenizer are needed"
-        raise model.UserError(
-            f"model.text_{(wrong or ['pad'])[0]}: {said}; give text_pad, text_bos, text_eos"
-        )
+        first = (wrong or ["pad"])[0]
+        raise model.UserError(f"model.text_{first}: {said}; give text_pad, text_bos, text_eos")
     return ids["pad"], ids["bos"], ids["eos"]
 
 
@@ -973,10 +833,10 @@ def load_parts(cfg, dtype, device):
     conf = cfg.model
     if conf.pretrained_asr == "scratch":
         own = OmegaConf.to_container(conf.perception.encoder)
-        encoder = ScratchEncoder(cfg.data.source_sample_rate, **own)
+        encoder = model.ScratchEncoder(cfg.data.source_sample_rate, **own)
     elif (Path(conf.pretrained_asr) / "speech_embedding.json").is_file():
         own = OmegaConf.to_container(conf.perception.encoder)
-        encoder = SpeechEmbedding(conf.pretrained_asr, **own).to(device)
+        encoder = model.SpeechEmbedding(conf.pretrained_asr, **own).to(device)
     else:
         encoder = model.load_encoder(conf.pretrained_asr)
     if not encoder.causal or encoder.frame_ms != 1000 * FRAME_S:
@@ -1004,15 +864,10 @@ def build(cfg, parts, ctc_tokens, device):
     duplex.inherited = set()  # names of what an earlier run has trained
     if conf.init_from:
         config, weights = read_run(conf.init_from)
-        known = {"ctc.": config["ctc_tokens"] == ctc_tokens, "speech_decoder.": bool(conf.speech_decoder),
-                 "audio_": not conf.speech_decoder}  # fmt: skip
-        known["ctc."] &= duplex.ctc is not None
-        left = [start for start, fits in known.items() if not fits]
-        load_saved(
-            duplex,
-            {k: v for k, v in weights.items() if not k.startswith(tuple(left))},
-            conf.init_from,
-        )
+        left = ["audio_"] if conf.speech_decoder else ["speech_decoder."]  # what this one lacks
+        left += ["ctc."] * (duplex.ctc is None or config["ctc_tokens"] != ctc_tokens)
+        weights = {k: v for k, v in weights.items() if not k.startswith(tuple(left))}
+        load_saved(duplex, weights, conf.init_from)
     patterns = [e for e in conf.freeze_params if not re.match(r"\^?audio_codec", e)]
     keep = [*conf.prevent_freeze_params, *([r"^.+\.lora_.+$"] if conf.lora and conf.lora.r else [])]
     model.freeze_by_name(duplex, patterns, keep)
@@ -1036,14 +891,8 @@ def read_run(folder):
 def saved_names(duplex):
     """What makes this model of its encoder and LLM: what trains or has trained, and what is new."""
     trains = {name for name, p in duplex.named_parameters() if p.requires_grad} | duplex.inherited
-    parts = [
-        "perception.modality_adapter.",
-        "perception.proj.",
-        "ctc.",
-        "audio_",
-        "speech_decoder.",
-    ]
-    parts += ["perception.encoder."] * isinstance(duplex.perception.encoder, ScratchEncoder)
+    parts = ["perception.modality_adapter.", "perception.proj.", "ctc.", "audio_", "speech_dec"]
+    parts += ["perception.encoder."] * isinstance(duplex.perception.encoder, model.ScratchEncoder)
     parts += [] if duplex.cfg.model.pretrained_weights else ["llm."]
     return [name for name in duplex.state_dict() if name in trains or name.startswith(tuple(parts))]
 
@@ -1076,41 +925,20 @@ def evaluate(duplex, sets, run, swap=False):
     conf, scores, lines = duplex.cfg.data.validation_ds, {}, []
     for name, rows in sets.items():
         count, order = len(rows), np.argsort(rows["frames"], kind="stable").tolist()
-        order = order[run.rank :: run.world]
+        order = order[run.rank :: run.world]  # of like length: little padding
         swapped = {n: (n + count // 2) % count for n in range(count)} if swap else {}
         places = range(0, len(order), conf.batch_size)
         places = [(0, 0, [order[n : n + conf.batch_size]]) for n in places]
         found, sums = [], Counter()
         torch.manual_seed(run.rank)  # of codes that are drawn
-        for batch in Dialogues(rows, duplex, 0, swapped).load(places, conf.num_workers, run.device):
+        data = Dialogues(rows, duplex, 0, swapped)
+        for batch in data.load(places, conf.num_workers, run.device):
             feats = batch.feats.to(run.device)
             with run.amp:
                 sums.update({key: float(value) for key, value in duplex(feats, batch).items()})
-                speech, enc, _ = duplex.perception(feats, batch.lens)
-                told = dict.fromkeys(("frames", "labels"), 0) | dict(
-                    zip(("frames", "labels"), batch.counts(), strict=True)
-                )
-                sums.update(told)
-                if duplex.ctc is not None:
-                    best = duplex.ctc(enc).argmax(-1)
-                    paths = model.ctc_paths(best, batch.frames, len(duplex.ctc_tokens))
-                text = codes = None
-                if duplex.cfg.model.text_loss_weight:
-                    text, codes = duplex.run_free(speech, conf.temperature, conf.top_k)
-            for n, row in enumerate(batch.rows):
-                length, line = row["frames"], {"set": name, "key": row["key"]}
-                line |= {"turns": json.loads(row["turns"]), "reason": row["reason"]}
-                line["wanted"] = duplex.turns(row["text"])
-                if duplex.ctc is not None:
-                    ids = [duplex.ctc_tokens[c] for c in paths[n]]
-                    line["user_ctc"] = duplex.tokenizer.decode(ids)
-                if text is not None:
-                    line["found"] = duplex.turns(text[n, :length].tolist())
-                    if run.scorer:
-                        hear_agent(
-                            line, duplex.to_wave(codes[n, :length]), duplex.codec, run.scorer
-                        )
-                found.append(line)
+                found += talk(duplex, feats, batch, conf, name)
+            sums.update(dict(zip(("frames", "labels"), batch.counts(), strict=True)))
+        hear_agents(found, duplex, None if swap else run.scorer, conf.score_turns or sys.maxsize)
         parts = [(found, sums)] * run.world
         if run.world > 1:
             dist.all_gather_object(parts, (found, sums))
@@ -1127,25 +955,43 @@ def evaluate(duplex, sets, run, swap=False):
     return scores, lines
 
 
+def talk(duplex, feats, batch, conf, name):
+    """A free run over a batch: a line for each dialogue, with the turns `wanted` and `found`."""
+    speech, enc, _ = duplex.perception(feats, batch.lens)
+    lines, paths, talks = [], None, duplex.cfg.model.text_loss_weight > 0
+    if duplex.ctc is not None:
+        best = duplex.ctc(enc).argmax(-1)
+        paths = model.ctc_paths(best, batch.frames, len(duplex.ctc_tokens))
+    text, codes = duplex.run_free(speech, conf.temperature, conf.top_k) if talks else (None, None)
+    for n, row in enumerate(batch.rows):
+        length, line = row["frames"], {"set": name, "key": row["key"], "reason": row["reason"]}
+        line["turns"] = json.loads(row["turns"])
+        line["wanted"] = duplex.turns(batch.text[n, :length].tolist())
+        if paths is not None:
+            line["user_ctc"] = duplex.tokenizer.decode([duplex.ctc_tokens[c] for c in paths[n]])
+        if talks:
+            line["found"] = duplex.turns(text[n, :length].tolist())
+            line["codes"] = codes[n, :length].cpu()
+        lines.append(line)
+    return lines
+
+
 def loss_scores(sums, conf):
-    frames = max(1, sums["frames"])
+    frames, labels = max(1, sums["frames"]), max(1, sums["labels"])
     loss = conf.text_loss_weight * sums["text"] + conf.audio_loss_weight * sums["audio"]
-    loss = loss / frames + conf.user_ctc_weight * sums["ctc"] / max(1, sums["labels"])
-    kinds = [key[3:] for key in sums if key.startswith("ce_")]
-    return {"val_loss": loss} | {
-        f"val_ce_{k}": sums[f"ce_{k}"] / max(1, sums[f"n_{k}"]) for k in kinds
-    }
+    scores = {"val_loss": loss / frames + conf.user_ctc_weight * sums["ctc"] / labels}
+    for key in (key for key in sums if key.startswith("ce_")):
+        scores[f"val_{key}"] = sums[key] / max(1, sums[f"n_{key[3:]}"])
+    return scores
 
 
 def match_turns(wanted, found):
-    """{number of a wanted turn: number of the one found whose start is nearest}, each used once."""
-    pairs = sorted((abs(a["start"] - b["start"]), n, m) for n, a in enumerate(wanted)
-                   for m, b in enumerate(found) if abs(a["start"] - b["start"]) <= NEAR_S)  # fmt: skip
-    matched, taken = {}, set()
-    for _, n, m in pairs:
-        if n not in matched and m not in taken:
+    """{number of a wanted turn: of the one found whose start is nearest}, each used once."""
+    pairs, matched = itertools.product(range(len(wanted)), range(len(found))), {}
+    apart = {(n, m): abs(wanted[n]["start"] - found[m]["start"]) for n, m in pairs}
+    for n, m in sorted(apart, key=apart.get):
+        if apart[n, m] <= NEAR_S and n not in matched and m not in matched.values():
             matched[n] = m
-            taken.add(m)
     return matched
 
 
@@ -1169,45 +1015,40 @@ def judge_turns(line):
 
 def dialogue_scores(lines):
     """Pooled over turns: what `Logged` above says."""
+    from sacrebleu import corpus_bleu
+
     scores = {}
     if lines and "user_ctc" in lines[0]:
-        said = [" ".join(t["text"] for t in line["turns"] if t["role"] == "user") for line in lines]
-        scores["val_user_wer"] = model.error_rate(said, [line["user_ctc"] for line in lines])[
-            "rate"
-        ]
+        said = [" ".join(t["text"] for t in x["turns"] if t["role"] == "user") for x in lines]
+        heard = [line["user_ctc"] for line in lines]
+        scores["val_user_wer"] = model.error_rate(said, heard)["rate"]
     judged = [judge_turns(line) for line in lines if "found" in line and not line["reason"]]
     turns = [turn for found, _ in judged for turn in found]
     if not turns:
         return scores
-    from sacrebleu import corpus_bleu
-
-    pairs = [[model.normalize_text(turn[key]) for turn in turns] for key in ("wanted", "text")]
+    cut = [turn for turn in turns if turn["interrupted"]]
     late, stops = ([t[key] for t in turns if t[key] is not None] for key in ("latency", "stop_s"))
-    cut = sum(turn["interrupted"] for turn in turns)
-    in_time = [EARLY_S <= t["latency"] <= LATE_S if t["latency"] is not None else t["answered"]
-               for t in turns]  # fmt: skip
-    scores |= {
-        "val_txt_wer": model.error_rate(*pairs)["rate"],
-        "val_txt_bleu": corpus_bleu(pairs[1], [pairs[0]]).score,
-        "val_exact": sum(a == b for a, b in zip(*pairs, strict=True)) / len(turns),
-        "val_answered": sum(in_time) / len(turns),
-        "val_latency_s": statistics.median(late) if late else math.nan,
-        "val_spurious": 100 * sum(extra for _, extra in judged) / len(turns),
-    }
+    in_time = [t["answered"] and EARLY_S <= (t["latency"] or 0.0) <= LATE_S for t in turns]
+    wanted, text = ([model.normalize_text(turn[k]) for turn in turns] for k in ("wanted", "text"))
+    scores |= {"val_txt_wer": model.error_rate(wanted, text)["rate"]}
+    scores["val_txt_bleu"] = corpus_bleu(text, [wanted]).score
+    scores["val_exact"] = sum(a == b for a, b in zip(wanted, text, strict=True)) / len(turns)
+    scores["val_answered"] = sum(in_time) / len(turns)
+    scores["val_spurious"] = 100 * sum(extra for _, extra in judged) / len(turns)
+    scores |= {"val_latency_s": statistics.median(late)} if late else {}
+    scores |= {"val_stop_s": statistics.median(stops)} if stops else {}
     if cut:
-        scores["val_stopped"] = sum(-FRAME_S <= s <= LATE_S for s in stops) / cut
-        scores["val_stop_s"] = statistics.median(stops) if stops else math.nan
+        scores["val_stopped"] = sum(-FRAME_S <= s <= LATE_S for s in stops) / len(cut)
     if heard := [turn for turn in turns if turn["heard"] is not None and not turn["interrupted"]]:
-        pairs = [[spell(turn[key]) for turn in heard] for key in ("wanted", "heard")]
-        scores["val_asr_wer"] = model.error_rate(*pairs)["rate"]
-        scores["val_asr_bleu"] = corpus_bleu(pairs[1], [pairs[0]]).score
-    return {key: value for key, value in scores.items() if not math.isnan(value)}
+        wanted, text = ([spell(turn[key]) for turn in heard] for key in ("wanted", "heard"))
+        scores["val_asr_wer"] = model.error_rate(wanted, text)["rate"]
+        scores["val_asr_bleu"] = corpus_bleu(text, [wanted]).score
+    return scores
 
 
 def spell(text):
     """Normalised, its digits as words: Whisper writes 315 where "three one five" is said."""
-    names = "zero one two three four five six seven eight nine".split()
-    return model.normalize_text(re.sub(r"\d", lambda d: f" {names[int(d[0])]} ", text))
+    return model.normalize_text(re.sub(r"\d", lambda d: f" {DIGITS[int(d[0])]} ", text))
 
 
 def load_scorer(name, device):
@@ -1221,23 +1062,26 @@ def load_scorer(name, device):
 
     def hear(wave):
         feats = processor(wave.numpy(), sampling_rate=16000, return_tensors="pt").input_features
-        ids = whisper.generate(feats.to(device), max_new_tokens=100, do_sample=False, num_beams=1)
+        ids = whisper.generate(feats.to(device), max_length=100, do_sample=False, num_beams=1)
         return processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
 
     return hear
 
 
-def hear_agent(line, wave, codec, scorer):
-    """What the scoring ASR hears in each turn of the agent that is not interrupted."""
-    users = [turn["start"] for turn in line["turns"] if turn["role"] == "user"]
-    line["heard"] = ""  # of a turn that is missed
-    for turn in line["found"]:
-        if not any(turn["start"] < start <= turn["end"] for start in users):
-            first, end = (round(turn[side] * codec.sample_rate) for side in ("start", "end"))
-            part = model.resample(
-                wave[first : end + codec.sample_rate // 10], codec.sample_rate, 16000
-            )
-            turn["heard"] = scorer(part) if len(part) else ""
+def hear_agents(lines, duplex, scorer, most):
+    """What the scoring ASR hears in turns of the agent that are not interrupted, `most` of them."""
+    rate = duplex.codec.sample_rate
+    for line in random.Random(0).sample(lines, len(lines)):
+        codes = line.pop("codes", None)
+        if scorer is None or codes is None or most <= 0:
+            continue
+        users = [turn["start"] for turn in line["turns"] if turn["role"] == "user"]
+        line["heard"], wave = "", duplex.to_wave(codes)  # of a turn that is missed
+        for turn in line["found"]:
+            if not any(turn["start"] < start <= turn["end"] for start in users):
+                part = wave[round(turn["start"] * rate) : round((turn["end"] + 0.1) * rate)]
+                turn["heard"] = scorer(model.resample(part, rate, 16000)) if len(part) else ""
+                most -= 1
 
 
 # ---- the run ----------------------------------------------------------------
@@ -1246,43 +1090,39 @@ def hear_agent(line, wave, codec, scorer):
 def refusals(cfg):
     """What of a configuration cannot run: [(why, the override that mends it)]."""
     conf, data, found = cfg.model, cfg.data, []
-    adapter = conf.perception.modality_adapter
-    name, codec = conf.pretrained_asr, conf.pretrained_audio_codec
-    if name.startswith("stt_en_") or not (name == "scratch" or "/" in name or Path(name).exists()):
-        said = f"pretrained_asr={name}: no folder, and not in transformers; Nemotron's encoder is"
+    adapter, asr = conf.perception.modality_adapter, conf.pretrained_asr
+    prefix = "model.perception.modality_adapter."
+    if asr.startswith("stt_en_") or asr != "scratch" and "/" not in asr and not Path(asr).exists():
+        said = f"pretrained_asr={asr}: no folder, and not in transformers; Nemotron's encoder is"
         found.append((said, f"model.pretrained_asr={NEMOTRON}"))
-    if codec.endswith(".nemo"):
-        found.append((f"pretrained_audio_codec={codec}: NeMo's codecs are not in transformers; Mimi is",
-                      "model.pretrained_audio_codec=kyutai/mimi"))  # fmt: skip
-    rate = 8000 if "codec2" in codec else 24000
+    if (codec := conf.pretrained_audio_codec).endswith(".nemo"):
+        said = f"pretrained_audio_codec={codec}: NeMo's codecs are not in transformers; Mimi is"
+        found.append((said, "model.pretrained_audio_codec=kyutai/mimi"))
+    rate = 8000 if "codec2" in Path(codec).name else 24000
     if data.target_sample_rate != rate:
         said = f"data.target_sample_rate={data.target_sample_rate}: Mimi has 24000 Hz, codec2 8000"
         found.append((said, f"data.target_sample_rate={rate}"))
-    if conf.scoring_asr and "/" not in conf.scoring_asr and not Path(conf.scoring_asr).exists():
-        found.append((f"scoring_asr={conf.scoring_asr}: no folder, and no Whisper",
-                      "model.scoring_asr=openai/whisper-base.en"))  # fmt: skip
-    right = int(adapter.att_context_size[-1])
-    if adapter._target_.endswith("ConformerEncoder") and right != 0:
+    if (scorer := conf.scoring_asr) and "/" not in scorer and not Path(scorer).exists():
+        said = f"scoring_asr={scorer}: no folder, and no Whisper"
+        found.append((said, "model.scoring_asr=openai/whisper-base.en"))
+    if adapter._target_.endswith("ConformerEncoder") and int(adapter.att_context_size[-1]) != 0:
         left = int(adapter.att_context_size[0])
-        said = f"modality_adapter.att_context_size=[{left}, {right}]: hears the future"
-        found.append((said, f"model.perception.modality_adapter.att_context_size=[{left},0]"))
+        said = f"modality_adapter.att_context_size={[*adapter.att_context_size]}: hears the future"
+        found.append((said, f"{prefix}att_context_size=[{left},0]"))
     for key, value in (("conv_context_size", "causal"), ("conv_norm_type", "layer_norm")):
         if adapter[key] != value:
             said = f"modality_adapter.{key}={adapter[key]}: hears the future"
-            found.append((said, f"model.perception.modality_adapter.{key}={value}"))
+            found.append((said, f"{prefix}{key}={value}"))
     if (normalize := conf.perception.preprocessor.normalize) != "NA":
         said = f"preprocessor.normalize={normalize}: the statistics of a whole call know its future"
         found.append((said, "model.perception.preprocessor.normalize=NA"))
-    conf = data.train_ds
-    if (
-        not (conf.manifest_filepath or conf.input_cfg or conf.shar_path)
-        or "..." in conf.manifest_filepath
-    ):
+    given = [*(own := data.train_ds).manifest_filepath, *own.input_cfg, own.shar_path]
+    if not any(given) or "..." in given:
         found.append(("data.train_ds: no dialogues", "data.train_ds.manifest_filepath=FILE"))
     if cfg.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         found.append(("trainer.accelerator: torch sees no GPU", "trainer.accelerator=cpu"))
-    if cfg.trainer.precision.startswith("16"):
-        said = f"trainer.precision={cfg.trainer.precision}: fp16 overflows in many LLMs"
+    if (precision := cfg.trainer.precision).startswith("16"):
+        said = f"trainer.precision={precision}: fp16 overflows in many LLMs"
         found.append((said, "trainer.precision=bf16-true"))
     return found
 
@@ -1295,10 +1135,9 @@ def check(cfg, say, verbose):
         raise model.UserError(counted + "".join(lines))
     model.check_marked(cfg, DEFAULTS, say, verbose, all_keys=True)
     conf, score = cfg.model, "exp_manager.checkpoint_callback_params"
-    kinds = [f"ce_{kind}" for kind in ("pad", "bos", "eos", "text", "silent", "speaking")]
-    kinds += ["txt_wer", "txt_bleu", "exact", "asr_wer", "asr_bleu", "answered", "latency_s"]
-    kinds += ["stopped", "stop_s", "spurious", "user_wer", "loss"]
-    names = [f"val_{kind}" for kind in kinds]
+    kinds = """loss ce_pad ce_bos ce_eos ce_text ce_silent ce_speaking txt_wer txt_bleu exact
+        asr_wer asr_bleu answered latency_s stopped stop_s spurious user_wer"""
+    names = [f"val_{kind}" for kind in kinds.split()]
     names += [f"{kind}_{name}" for kind in names for name in cfg.data.validation_ds.datasets]
     for key, allowed in {
         "model.perception.modality_adapter.self_attention_model": ("rel_pos", "abs_pos"),
@@ -1307,21 +1146,15 @@ def check(cfg, say, verbose):
         f"{score}.mode": ("min", "max"), f"{score}.monitor": names,
     }.items():  # fmt: skip
         model.one_of(allowed, cfg, key)
-    if decoder := conf.speech_decoder:
-        if decoder.d_model % decoder.n_heads or decoder.d_kv not in (
-            0,
-            decoder.d_model // decoder.n_heads,
-        ):
-            raise model.UserError("speech_decoder.d_kv: has to be d_model / n_heads")
+    own = conf.speech_decoder
+    if own and (own.d_model % own.n_heads or own.d_kv not in (0, own.d_model // own.n_heads)):
+        raise model.UserError("speech_decoder.d_kv: has to be d_model / n_heads")
     if conf.lora and conf.lora.task_type != "CAUSAL_LM":
         raise model.UserError("model.lora.task_type: only CAUSAL_LM")
-    if (
-        bool(conf.text_loss_weight) != bool(conf.audio_loss_weight)
-        or max(conf.text_loss_weight, conf.user_ctc_weight) <= 0
-    ):
-        raise model.UserError(
-            "text_loss_weight and audio_loss_weight go together; without, CTC has to train"
-        )
+    talks = conf.text_loss_weight > 0, conf.audio_loss_weight > 0
+    if talks[0] != talks[1] or not talks[0] and conf.user_ctc_weight <= 0:
+        said = "text_loss_weight and audio_loss_weight go together; without them user_ctc_weight"
+        raise model.UserError(f"{said} has to be over 0")
     model.at_least(1, cfg, "data.train_ds.batch_size", "trainer.accumulate_grad_batches",
                    "data.validation_ds.batch_size", "model.num_codebooks")  # fmt: skip
 
@@ -1331,24 +1164,19 @@ def list_data(cfg, parts, folder, rank):
     rest = cfg, parts, folder.parent / "manifests"
     if rank > 0:
         dist.barrier()  # process 0 makes codes; the others find what it has made
-    train = read_dialogues(cfg.data.train_ds, *rest)
-    sets = {
-        name: read_dialogues(part, *rest) for name, part in cfg.data.validation_ds.datasets.items()
-    }
+    train, sets = read_dialogues(cfg.data.train_ds, *rest), {}
+    for name, conf in cfg.data.validation_ds.datasets.items():
+        sets[name] = read_dialogues(conf, *rest)
     if rank == 0 and dist.is_initialized():
         dist.barrier()
-    conf, decoder, dropped = cfg.data.train_ds, cfg.model.speech_decoder, []
-    limits = {"batch_duration": conf.batch_duration / FRAME_S or math.inf,
-              "speech_decoder.max_seq_len": decoder.max_seq_len if decoder else math.inf}  # fmt: skip
+    conf, dropped, decoder = cfg.data.train_ds, [], cfg.model.speech_decoder
+    limits = {"batch_duration": conf.batch_duration / FRAME_S or math.inf}
+    limits["speech_decoder.max_seq_len"] = decoder.max_seq_len if decoder else math.inf
 
     def usable(rows):
         kept = []
         for n, row in enumerate(rows.select_columns(["key", "where", "reason", "frames"])):
-            over = [
-                f"{row['frames']} frames, over {k}"
-                for k, most in limits.items()
-                if row["frames"] > most
-            ]
+            over = [f"longer than {key}" for key, most in limits.items() if row["frames"] > most]
             if reason := row["reason"] or "".join(over[:1]):
                 dropped.append({"key": row["key"], "where": row["where"], "reason": reason})
             else:
@@ -1412,11 +1240,7 @@ def main(cfg, check_only=False):
     parts = load_parts(cfg, dtype, device)
     if check_only:
         return
-    identity = {
-        "encoder": parts.encoder.identity,
-        "llm": parts.llm.identity,
-        "codec": parts.codec.identity,
-    }
+    identity = {n: getattr(parts, n).identity for n in ("encoder", "llm", "codec")}
     lacks = not keep.resume_ignore_no_checkpoint and not (folder / "last.pt").exists()
     if keep.resume_if_exists and lacks:
         raise model.UserError(f"{folder}/last.pt: none; set resume_ignore_no_checkpoint=true")
@@ -1458,9 +1282,8 @@ def main(cfg, check_only=False):
     if world > 1:
         wrapped = nn.parallel.DistributedDataParallel(duplex, broadcast_buffers=False)
     places, known = model.endless_groups(groups_of, epoch, used), {row["key"] for row in dropped}
-    data = Dialogues(
-        train, duplex, rank, masks=cfg.model.perception.spec_augment, seed=cfg.data.train_ds.seed
-    )
+    seed, masks = cfg.data.train_ds.seed, cfg.model.perception.spec_augment
+    data = Dialogues(train, duplex, rank, masks=masks, seed=seed)
     loader = iter(data.load(places, cfg.data.train_ds.num_workers, device))
     writer = SummaryWriter(folder, purge_step=step + 1) if rank == 0 else None
     say(f"train {len(train)} dialogues, {sum(train['frames']) * FRAME_S / 3600:.2f} h an epoch, "
@@ -1473,9 +1296,7 @@ def main(cfg, check_only=False):
     window = Counter()  # sums since the last log
     bar = tqdm(total=total, initial=step, unit="step", disable=None if rank == 0 else True)
     while step < total:
-        torch.manual_seed(
-            cfg.data.train_ds.seed * 1_000_003 + step * world + rank
-        )  # dropout, noise
+        torch.manual_seed(seed * 1_000_003 + step * world + rank)  # dropout, noise
         lr = learning_rate(step, cfg.model, total)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -1483,7 +1304,8 @@ def main(cfg, check_only=False):
         norm = train_step(wrapped, optimizer, batches, cfg, run, window)
         step, epoch, used = step + 1, batches[-1].epoch, batches[-1].used
         bar.update()
-        note_dropped(folder, [row for batch in batches for row in batch.rows], known, cfg)
+        rows = [row for batch in batches for row in batch.rows]
+        model.note_dropped(folder, rows, known, cfg.data.train_ds.max_dropped)
         if model.due(step, conf.log_every_n_steps, total):
             model.log_metrics(folder, writer, step, window_row(window, lr, time.time() - since))
             window, since = Counter(), time.time()
@@ -1494,7 +1316,10 @@ def main(cfg, check_only=False):
                 tqdm.write(f"    wanted {line['wanted']}\n    said   {line.get('found')}")
             if rank == 0:
                 model.save(folder / "valid.jsonl", lines)
-            kept = keep_best(kept, scores | {"step": step}, duplex, cfg, folder, rank)
+            weights = saved_state(duplex)
+            publish = functools.partial(save_results, duplex, cfg, folder) if rank == 0 else None
+            rest = keep, weights, folder, publish
+            kept = model.keep_best(kept, scores | {"step": step}, *rest)
         if model.due(step, cfg.save_every, total) and rank == 0:
             model.check_gradient(norm, step)
             weights = saved_state(duplex)
@@ -1503,7 +1328,7 @@ def main(cfg, check_only=False):
             state |= {"used": used, "identity": identity, "config": OmegaConf.to_container(cfg)}
             model.save(folder / "last.pt", state | {"spent": spent + time.time() - started})
             if not sets:
-                save_results(duplex, weights, cfg, folder)
+                save_results(duplex, cfg, folder, weights)
     bar.close()
     if sets and (step > first_step or not (folder / "control.json").is_file()):
         scores, _ = evaluate(duplex, sets, run, swap=True)
@@ -1512,43 +1337,6 @@ def main(cfg, check_only=False):
             told = "  ".join(f"{key} {value:.4g}" for key, value in scores.items())
             say(f"with the user of another dialogue: {told}")
     say(f"done: {step} steps, {spent + time.time() - started:.0f} s -> {folder}")
-
-
-def keep_best(kept, scores, duplex, cfg, folder, rank):
-    """step=N.pt of the save_top_k best, and the results of the best one. Output: [[score, file]]"""
-    conf, weights = cfg.exp_manager.checkpoint_callback_params, saved_state(duplex)
-    if not cfg.exp_manager.create_checkpoint_callback:
-        return kept
-    if conf.monitor not in scores:
-        raise model.UserError(f"monitor={conf.monitor}: is none of {', '.join(scores)}")
-    score = scores[conf.monitor] * (1 if conf.mode == "min" else -1)
-
-    def written(match):
-        return f"{match[1]}={format(scores.get(match[1], ''), match[2] or '')}"
-
-    name = re.sub(r"\{(\w+)(?::([^}]*))?\}", written, conf.filename) + ".pt"
-    new = sorted([*kept, [score, name]])[: conf.save_top_k if conf.save_top_k >= 0 else None]
-    if rank == 0:
-        if score < min([score for score, _ in kept], default=math.inf):
-            save_results(duplex, weights, cfg, folder)
-        if [score, name] in new:
-            model.save(folder / name, weights)
-        for old in {file for _, file in kept} - {file for _, file in new} - {""}:
-            (folder / old).unlink(missing_ok=True)
-    return new or [[min(score, *(s for s, _ in kept)), ""]]
-
-
-def note_dropped(folder, rows, known, cfg):
-    """Name dialogues whose user cannot be heard, once; UserError if they are too many."""
-    most = cfg.data.train_ds.max_dropped
-    for row in rows:
-        if row["reason"] and row["key"] not in known:
-            known.add(row["key"])
-            line = {name: row[name] for name in ("key", "where", "reason")}
-            model.append(folder / "dropped.jsonl", [line])
-            if len(known) > most:
-                last = f"the last is {row['where']}: {row['reason']}"
-                raise model.UserError(f"more than max_dropped={most} cannot be heard; {last}")
 
 
 def window_row(window, lr, seconds):
@@ -1563,32 +1351,24 @@ def window_row(window, lr, seconds):
 # ---- results, and infer.py --------------------------------------------------
 
 
-def save_results(duplex, weights, cfg, folder):
+def save_results(duplex, cfg, folder, weights):
     """duplex.pt and config.json: what infer.py and init_from need."""
     model.save(folder / "duplex.pt", weights)
-    content = {
-        "format": model.FORMAT,
-        "script": "train_duplex",
-        "conf": OmegaConf.to_container(cfg),
-    }
+    content = {"format": model.FORMAT, "script": "train_duplex", "ctc_tokens": duplex.ctc_tokens}
+    content |= {"conf": OmegaConf.to_container(cfg), "codec": duplex.codec.identity}
     content |= {"encoder": duplex.perception.encoder.identity, "llm": duplex.llm.identity}
-    content |= {"codec": duplex.codec.identity, "ctc_tokens": duplex.ctc_tokens}
     model.save(folder / "config.json", content)
 
 
 def load_run(folder, cfg, device, dtype):
-    """Duplex as a run has saved it; cfg: encoder.name and llm.name of infer.py, where they lie now."""
+    """Duplex as a run has saved it; cfg: of infer.py, where encoder and LLM lie now."""
     config, weights = read_run(folder)
     own = OmegaConf.create(config["conf"])
     own.model.pretrained_asr = cfg.encoder.name or own.model.pretrained_asr
     own.model.pretrained_llm = cfg.llm.name or own.model.pretrained_llm
     own.model.init_from, own.model.freeze_params = "", []
     parts = load_parts(own, dtype, device)
-    loaded = {
-        "encoder": parts.encoder.identity,
-        "llm": parts.llm.identity,
-        "codec": parts.codec.identity,
-    }
+    loaded = {name: getattr(parts, name).identity for name in ("encoder", "llm", "codec")}
     model.check_identity(config, loaded, folder)
     duplex = build(own, parts, config["ctc_tokens"], device)
     load_saved(duplex, weights, folder)

@@ -1055,7 +1055,8 @@ def main(cfg, check_only=False):
         norm = train_step(wrapped, optimizer, batches, cfg, run, window)
         step, epoch, used = step + 1, batches[-1].epoch, batches[-1].used
         bar.update()
-        note_dropped(folder, [row for batch in batches for row in batch.rows], known, cfg)
+        rows = [row for batch in batches for row in batch.rows]
+        model.note_dropped(folder, rows, known, cfg.data.train_ds.max_dropped)
         if model.due(step, conf.log_every_n_steps, total):
             model.log_metrics(folder, writer, step, window_row(window, lr, time.time() - since))
             window, since = Counter(), time.time()
@@ -1066,7 +1067,10 @@ def main(cfg, check_only=False):
                 tqdm.write(f"    wanted {line['target']!r}, got {line['text']!r}")
             if rank == 0:
                 model.save(folder / "valid.jsonl", lines)
-            kept = keep_best(kept, scores | {"step": step}, salm, cfg, folder, rank)
+            weights = saved_state(salm)
+            publish = functools.partial(save_results, salm, cfg, folder) if rank == 0 else None
+            rest = keep, weights, folder, publish
+            kept = model.keep_best(kept, scores | {"step": step}, *rest)
         if model.due(step, cfg.save_every, total):
             model.check_gradient(norm, step)
             weights = saved_state(salm)
@@ -1077,7 +1081,7 @@ def main(cfg, check_only=False):
             if rank == 0:
                 model.save(folder / "last.pt", state | {"spent": spent + time.time() - started})
                 if not sets:
-                    save_results(salm, weights, cfg, folder)
+                    save_results(salm, cfg, folder, weights)
     bar.close()
     if sets and (step > first_step or not (folder / "control.json").is_file()):
         scores, lines = evaluate(wrapped, salm, sets, run, swap=True)
@@ -1087,43 +1091,6 @@ def main(cfg, check_only=False):
             told = "  ".join(f"{key} {value:.4g}" for key, value in scores.items())
             say(f"with the recordings of other conversations: {told}")
     say(f"done: {step} steps, {spent + time.time() - started:.0f} s -> {folder}")
-
-
-def keep_best(kept, scores, salm, cfg, folder, rank):
-    """step=N.pt of the save_top_k best, and the results of the best one. Output: [[score, file]]"""
-    conf, weights = cfg.exp_manager.checkpoint_callback_params, saved_state(salm)
-    if not cfg.exp_manager.create_checkpoint_callback:
-        return kept
-    if conf.monitor not in scores:
-        raise model.UserError(f"monitor={conf.monitor}: is none of {', '.join(scores)}")
-    score = scores[conf.monitor] * (1 if conf.mode == "min" else -1)
-
-    def written(match):
-        return f"{match[1]}={format(scores.get(match[1], ''), match[2] or '')}"
-
-    name = re.sub(r"\{(\w+)(?::([^}]*))?\}", written, conf.filename) + ".pt"
-    new = sorted([*kept, [score, name]])[: conf.save_top_k if conf.save_top_k >= 0 else None]
-    if rank == 0:
-        if score < min([score for score, _ in kept], default=math.inf):
-            save_results(salm, weights, cfg, folder)
-        if [score, name] in new:
-            model.save(folder / name, weights)
-        for old in {file for _, file in kept} - {file for _, file in new} - {""}:
-            (folder / old).unlink(missing_ok=True)
-    return new or [[min(score, *(s for s, _ in kept)), ""]]
-
-
-def note_dropped(folder, rows, known, cfg):
-    """Name conversations that cannot be heard, once; UserError if they are too many."""
-    most = cfg.data.train_ds.max_dropped
-    for row in rows:
-        if row["reason"] and row["key"] not in known:
-            known.add(row["key"])
-            line = {name: row[name] for name in ("key", "where", "reason")}
-            model.append(folder / "dropped.jsonl", [line])
-            if len(known) > most:
-                last = f"the last is {row['where']}: {row['reason']}"
-                raise model.UserError(f"more than max_dropped={most} cannot be heard; {last}")
 
 
 def window_row(window, lr, seconds):
@@ -1139,7 +1106,7 @@ def window_row(window, lr, seconds):
 # ---- results, and infer.py --------------------------------------------------
 
 
-def save_results(salm, weights, cfg, folder):
+def save_results(salm, cfg, folder, weights):
     """salm.pt, LoRA as a PEFT folder, and config.json: what infer.py and init_from need."""
     lora = {name: value for name, value in weights.items() if "lora_" in name}
     model.save(folder / "salm.pt", {k: v for k, v in weights.items() if k not in lora})

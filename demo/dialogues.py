@@ -5,13 +5,14 @@
 Output  out/dialogues/*.wav   the user at 16 kHz, the agent at 8 kHz
         out/dialogues/{train,strings,voice}.jsonl: dialogues; strings: digit strings that training
         never says; voice: such strings, in a voice that it has never heard
-        out/models/codec2/libcodec2.so.1.0 (Debian, LGPL-2.1); out/models/speech_embedding (Google's,
+        out/models/codec2/libcodec2.so.1.0 (Debian, LGPL-2.1); out/models/speech_embedding (Google,
         see LICENCE); out/models/words: a small Llama with random weights, a tokenizer of the words
 The user says digits, often with a word around them, or one of a few phrases; the agent answers
-0.32 s later with real recordings (one woman's, CC-BY-SA-3.0): "you entered" and the digits, or a prompt
-that belongs to the phrase. Some turns of the agent are interrupted: 0.4 s later it is silent.
+0.32 s later with real recordings (one woman's, CC-BY-SA-3.0): "you entered" and the digits, or a
+prompt that belongs to the phrase. Some of its turns are interrupted: 0.4 s later it is silent.
 """
 
+import functools
 import json
 import math
 import os
@@ -57,9 +58,9 @@ HELD_OUT = 0.15  # of the strings of two and of three digits
 ANSWER, STOP = 4, 5  # frames: the answer behind the user's end, silence behind a barge-in
 
 
-LICENCE = """Google's speech_embedding, as the package openwakeword 0.4.0 carries it. Its README gives
-Apache-2.0 for this model, and CC BY-NC-SA 4.0 for all models of the package, because of the data of
-its wake words; of those none is used."""
+LICENCE = """Google's speech_embedding, as the package openwakeword 0.4.0 carries it. Its README
+gives Apache-2.0 for this model, and CC BY-NC-SA 4.0 for all models of the package, because of the
+data of its wake words; of those none is used."""
 
 
 def is_held_out(digits):
@@ -88,8 +89,9 @@ def trimmed(wave):
     return wave[max(0, loud[0] - 160) : loud[-1] + 160]
 
 
-def speak(folder, usr, number, text, voice, rng):
+def speak(folder, usr, job, rng):
     """One utterance of Flite's: (N,) at 16 kHz, at a pace and pitch drawn for it."""
+    number, text, voice = job
     path, library = folder / f"{number}.wav", next(usr.glob("lib/*/libflite.so.1")).parent
     command = [usr / "bin/flite", "-voice", voice, "-t", text, "-o", path]
     pitch = rng.uniform(0.85, 1.2)  # by playing faster: the voice's colour changes, too
@@ -154,15 +156,10 @@ def make_dialogues(work, out, cfg):
     for name, voices in (("strings", VOICES), ("voice", (UNSEEN,))):
         sets[name] = [(draw_request(rng, True), rng.choice(voices)) for _ in range(3 * cfg.test)]
     for name, jobs in sets.items():
-
-        def say(job):
-            number, ((text, _), voice) = job
-            return speak(
-                folder, usr, number, text, voice, random.Random(f"{cfg.seed}{name}{number}")
-            )
-
+        numbered = [(number, text, voice) for number, ((text, _), voice) in enumerate(jobs)]
+        draws = [random.Random(f"{cfg.seed}{name}{number}") for number in range(len(jobs))]
         with ThreadPoolExecutor(2) as pool:
-            waves = pool.map(say, enumerate(jobs))
+            waves = pool.map(functools.partial(speak, folder, usr), numbered, draws)
             waves = list(tqdm(waves, total=len(jobs), unit="utterance", disable=None))
         pool, rows = [(*request, w) for (request, _), w in zip(jobs, waves, strict=True)], []
         for n in range(cfg.train if name == "train" else cfg.test):

@@ -4,6 +4,7 @@
     python demo/run.py telephone      # make demo-telephone: finetune_encoder.py
     python demo/run.py steermoe       # make demo-steermoe: train_steermoe.py
     python demo/run.py salm           # make demo-salm: train_salm.py
+    python demo/run.py duplex         # make demo-duplex: train_duplex.py
     python demo/run.py adaptor seed=1 run=runs/demo/seed1     # another seed of both trainings
     python demo/run.py adaptor quick=true                     # checks that it runs, learns little
 
@@ -513,6 +514,89 @@ def goals(cfg, table, told):
     return show_goals(found)
 
 
+# ---- duplex: train_duplex.py ------------------------------------------------
+
+DECODER = ["d_model=256", "n_layers=4", "n_heads=4", "d_ff=768", "max_seq_len=512", "dropout=0"]
+FIGURES = {  # score of train_duplex.py: what the table says
+    "txt_wer": "text WER", "exact": "turns with every word right", "answered": "answered in time",
+    "latency_s": "median latency, s (0.32 taught)", "stopped": "stopped after barge-in",
+    "stop_s": "median stop, s (0.40 taught)", "spurious": "spurious starts per 100 turns",
+    "asr_wer": "ASR-WER of the agent's audio", "user_wer": "CTC of the user's words, WER",
+}  # fmt: skip
+
+
+def duplex(cfg):
+    print(
+        "A small Llama from random weights listens to users (Flite) and answers in recorded "
+        "telephone prompts:\ndialogues (3 minutes), CTC on the user's words (1), then both models. "
+        "It composes prompts that it learns nearly\nby heart; it does not synthesise speech. About "
+        "15 minutes on 2 free cores after make demo."
+    )
+    prepare(cfg, "duplex")
+    few = ["train=40", "test=6", "spoken=60"] if cfg.quick else []
+    done = f"{cfg.home}/models/speech_embedding"
+    run_stage(cfg, "dialogues", "demo/dialogues.py", [f"out={cfg.home}", *few], done)
+    ears = converse(cfg, "ears", [config_of(cfg, "duplex_ears")])
+    rest = [f"model.init_from={ears}"]
+    talks = converse(cfg, "talks", rest)
+    rest += [f"model.speech_decoder.{setting}" for setting in DECODER]
+    decoder = converse(cfg, "decoder", [*rest, "model.scoring_asr="])
+    scores = [row for row in read_rows(talks / "metrics.jsonl") if "val_loss" in row][-1]
+    other = [row for row in read_rows(decoder / "metrics.jsonl") if "val_loss" in row][-1]
+    swapped = json.loads((talks / "control.json").read_text())
+    columns = {"strings": (scores, "strings"), "unseen voice": (scores, "voice"),
+               "SpeechDecoder": (other, "strings"), "wrong user": (swapped, "strings")}  # fmt: skip
+    table = {}
+    for key, label in FIGURES.items():
+        own = {name: row.get(f"val_{key}_{part}") for name, (row, part) in columns.items()}
+        table[label] = {name: math.nan if value is None else value for name, value in own.items()}
+    page(cfg, talks)
+    formats = dict.fromkeys(columns, "{:.3f}")
+    more = {"dialogues to learn from": len(read_rows(f"{cfg.home}/dialogues/train.jsonl"))}
+    finish(cfg, Path(cfg.run), table, formats, more, goals=duplex_goals(table))
+
+
+def converse(cfg, name, arguments):
+    """A run of train_duplex.py. Output: its folder."""
+    folder = Path(cfg.run) / name
+    own = [f"exp_manager.explicit_log_dir={folder}", f"data.train_ds.seed={cfg.seed}"]
+    own += ["trainer.max_steps=4", "trainer.val_check_interval=4"] if cfg.quick else []
+    arguments = [config_of(cfg, "duplex"), *arguments, *own]
+    run_stage(cfg, name, "train_duplex.py", arguments, folder / "control.json")
+    return folder
+
+
+def page(cfg, folder):
+    """Three calls of the test answered by infer.py, one of them live, as a page."""
+    run, calls = Path(cfg.run), Path(cfg.home) / "dialogues"
+    users = [calls / f"strings-{n:04}-user.wav" for n in range(3)]
+    arguments = [f"model.dir={folder}", f"out={run}/answer.wav,{run}/turns.jsonl", *users]
+    run_stage(cfg, "infer", "infer.py", arguments, run / "turns.jsonl")
+    live = [f"model.dir={folder}", f"out={run}/live.jsonl", "duplex.live=true", users[0]]
+    run_stage(cfg, "live", "infer.py", live, run / "live.jsonl")
+    subprocess.run([sys.executable, ROOT / "report.py", run / "turns.jsonl"], check=True)
+
+
+def duplex_goals(table):
+    """What was wanted, and whether it was met."""
+    strings, voice, decoder, wrong = (
+        {label: row[name] for label, row in table.items()}
+        for name in ("strings", "unseen voice", "SpeechDecoder", "wrong user")
+    )
+    words, every, answered, _, stopped, _, spurious, heard, _ = FIGURES.values()
+    return show_goals({
+        "text WER of held-out strings: at most 8 %": strings[words] <= 0.08,
+        "turns with every word right: at least 75 %": strings[every] >= 0.75,
+        "text WER of the unseen voice: at most 20 %": voice[words] <= 0.20,
+        "answered in time: at least 97 %": strings[answered] >= 0.97,
+        "stopped after barge-in: at least 95 %": strings[stopped] >= 0.95,
+        "spurious starts per 100 turns: at most 3": strings[spurious] <= 3,
+        "ASR-WER of the agent's audio: at most 15 %": strings[heard] <= 0.15,
+        "SpeechDecoder: text WER within 3 points": decoder[words] <= strings[words] + 0.03,
+        "another user: text WER over 60 %": wrong[words] > 0.6,
+    })  # fmt: skip
+
+
 def show_goals(goals):
     for goal, met in goals.items():
         print(f"{'met   ' if met else 'MISSED'} {goal}")
@@ -556,7 +640,8 @@ def plot_words(line, path):
     plt.close(figure)
 
 
-DEMOS = {"adaptor": adaptor, "telephone": telephone, "steermoe": steermoe, "salm": salm}
+DEMOS = {"adaptor": adaptor, "telephone": telephone, "steermoe": steermoe, "salm": salm,
+         "duplex": duplex}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -307,7 +307,8 @@ def nemotron_folder(path):
         subsampling_conv_channels=8, sliding_window=9, layerdrop=0.5,
     )  # fmt: skip
     rest = {"vocab_size": 20, "decoder_hidden_size": 16, "blank_token_id": 19}
-    net = hub.NemotronAsrStreamingForRNNT(hub.NemotronAsrStreamingConfig(encoder_config=encoder, **rest))
+    config = hub.NemotronAsrStreamingConfig(encoder_config=encoder, **rest)
+    net = hub.NemotronAsrStreamingForRNNT(config)
     for parameter in randomise(net).encoder.subsampling.parameters():
         parameter.data.mul_(8)  # else what is heard would hardly matter
     net.save_pretrained(path)
