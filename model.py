@@ -1375,7 +1375,7 @@ class SpeechEmbedding(ScratchEncoder):
     widths = (1, *[24] * 3, *[48] * 4, *[72] * 4, *[96] * 9)
     pools = {2: (2, 2), 6: (1, 2), 10: (2, 2), 14: (1, 2), 18: (2, 2)}
 
-    def __init__(self, folder, hidden, layers, dropout, **_):
+    def __init__(self, folder, hidden, layers, dropout):
         super().__init__(16000, 32, [1, 1, 96], hidden, layers, dropout)
         self.net["convs"] = self.net["norms"] = nn.ModuleList()
         self.window, self.front = 512, nn.ModuleDict({"norm": nn.BatchNorm2d(24, eps=1e-3)})

@@ -52,6 +52,7 @@ import re
 import statistics
 import sys
 import time
+import weakref
 from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
@@ -98,8 +99,11 @@ model:
     preprocessor: {normalize: NA}     # = statistics of a whole call would know its future
     spec_augment:            # mel bins, frames of 10 ms; masks are the mean
       {freq_masks: 0, freq_width: 27, time_masks: 0, time_width: 25}
-    encoder:                 # + of scratch
-      {n_mels: 40, channels: [128, 192, 256], hidden: 256, layers: 2, dropout: 0.0}
+    encoder:
+      <<: {n_mels: 40, channels: [128, 192, 256]}    # + of scratch
+      <<: {hidden: 256, layers: 2, dropout: 0.0}     # + of the GRU of scratch and speech_embedding
+      <<: {self_attention_model: "", att_context_size: []}  # - an encoder has its own
+      <<: {conv_context_size: null, conv_norm_type: ""}     # - an encoder has its own
     modality_adapter:
       _target_: nemo.collections.asr.modules.ConformerEncoder  # or IdentityConnector
       feat_in: -1                     # the encoder's width, or -1
@@ -241,7 +245,8 @@ class Mimi:
 
 class Codec2:
     """codec2 at 1200 bit/s: 8 kHz, two of its frames (40 ms, 48 bits) are ours, with K = 12: twice
-    three LSP indices (9 bits each), two of pitch and energy (8), and the voicing (4)."""
+    three LSP indices (9 bits each), two of pitch and energy (8), and the voicing (4). Its decoder
+    draws noise for unvoiced sounds: no two waves of the same codes are equal."""
 
     codebooks, size, sample_rate, identity = 12, 512, 8000, {"mode": "codec2-1200"}
     # bits in a frame: voicing 2, pitch and energy 8, the same again, LSP 9, 9, 9, one spare
@@ -257,9 +262,11 @@ class Codec2:
             raise model.UserError(f"pretrained_audio_codec={name}: {said} ({error})") from error
         self.lib.codec2_create.restype = ctypes.c_void_p
 
-    def open(self):
+    def open(self, owner):
+        """A codec's state, that goes when its owner goes."""
         handle = ctypes.c_void_p(self.lib.codec2_create(5))  # CODEC2_MODE_1200
-        return handle, lambda: self.lib.codec2_destroy(handle)
+        weakref.finalize(owner, self.lib.codec2_destroy, handle)
+        return handle
 
     def unpack(self, frames):
         """Bits (F, 6) uint8 -> codes (F, 6)."""
@@ -278,11 +285,11 @@ class Codec2:
 
     def encode(self, wave):
         pcm = (wave.clamp(-1, 1) * 32767).round().to(torch.int16).numpy()
-        frames, (handle, close) = np.zeros((len(pcm) // 320, 6), np.uint8), self.open()
+        frames = np.zeros((len(pcm) // 320, 6), np.uint8)
+        handle = self.open(frames)
         for n, frame in enumerate(frames):
             part = np.ascontiguousarray(pcm[320 * n : 320 * (n + 1)])
             self.lib.codec2_encode(handle, frame.ctypes, part.ctypes)
-        close()
         return torch.from_numpy(self.unpack(frames).reshape(-1, 12))
 
     def decode(self, codes):
@@ -290,7 +297,6 @@ class Codec2:
 
     def decoder(self):
         """codes (t, K) -> wave (640 t,), again and again: it keeps its state."""
-        handle, _ = self.open()
 
         def decode(codes):
             frames = self.pack(codes.reshape(-1, 6).numpy())
@@ -299,6 +305,7 @@ class Codec2:
                 self.lib.codec2_decode(handle, part.ctypes, frame.ctypes)
             return torch.from_numpy(pcm.reshape(-1) / np.float32(32768))
 
+        handle = self.open(decode)
         return decode
 
 
@@ -444,6 +451,8 @@ def read_dialogues(conf, cfg, parts, cache_dir):
     items += [{"shar_path": conf["shar_path"]}] if conf.get("shar_path") else []
     for item in conf.get("input_cfg") or []:
         items.append({key: value for key, value in item.items() if key != "type"})
+        if len(items[-1]) != 1 or not items[-1].keys() <= {"manifest_filepath", "shar_path"}:
+            raise model.UserError(f"input_cfg: {item}: manifest_filepath or shar_path expected")
 
     def make(item):
         bar = tqdm(unit="dialogue", desc="codes", disable=None)
@@ -517,7 +526,7 @@ class Dialogues(torch.utils.data.Dataset):
             code, row["text"] = code.view(-1, self.codec.codebooks), torch.tensor(row["text"])
             code[row["text"] == bos], code[row["text"] == eos] = self.codec.bos, self.codec.eos
             codes.append(code)
-            rows.append(row)
+            rows.append({name: row[name] for name in row.keys() - {"codes", "feats"}})
         frames, lens = (torch.tensor([*map(len, part)]) for part in (codes, feats))
         text = pad_sequence([row["text"] for row in rows], True, pad).long()
         mask = model.length_mask(frames, text.shape[1])[..., None]
@@ -831,12 +840,12 @@ def special_tokens(tokenizer, conf):
 def load_parts(cfg, dtype, device):
     """Encoder, LLM, tokenizer, codec, special tokens: what dialogues are read with."""
     conf = cfg.model
+    own, rate = conf.perception.encoder, cfg.data.source_sample_rate
+    gru = {name: own[name] for name in ("hidden", "layers", "dropout")}
     if conf.pretrained_asr == "scratch":
-        own = OmegaConf.to_container(conf.perception.encoder)
-        encoder = model.ScratchEncoder(cfg.data.source_sample_rate, **own)
+        encoder = model.ScratchEncoder(rate, own.n_mels, own.channels, **gru)
     elif (Path(conf.pretrained_asr) / "speech_embedding.json").is_file():
-        own = OmegaConf.to_container(conf.perception.encoder)
-        encoder = model.SpeechEmbedding(conf.pretrained_asr, **own).to(device)
+        encoder = model.SpeechEmbedding(conf.pretrained_asr, **gru).to(device)
     else:
         encoder = model.load_encoder(conf.pretrained_asr)
     if not encoder.causal or encoder.frame_ms != 1000 * FRAME_S:

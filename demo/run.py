@@ -575,6 +575,10 @@ def page(cfg, folder):
     live = [f"model.dir={folder}", f"out={run}/live.jsonl", "duplex.live=true", users[0]]
     run_stage(cfg, "live", "infer.py", live, run / "live.jsonl")
     subprocess.run([sys.executable, ROOT / "report.py", run / "turns.jsonl"], check=True)
+    (run / "plots").mkdir(exist_ok=True)
+    plot_turns(read_rows(run / "turns.jsonl"), run / "plots/duplex.png")
+    latency = read_rows(run / "live.jsonl")[0]["latency_ms"]
+    print(f"live: {latency['median']} ms a frame of 80 in the median, {latency['worst']} at worst")
 
 
 def duplex_goals(table):
@@ -618,6 +622,28 @@ def plot_curves(runs, path):
         axis.set(title=title, xlabel="optimizer step", ylabel="nats, or share", yscale="log")
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_turns(lines, path):
+    """Both channels of calls: who speaks when, and what."""
+    figure, axes = plt.subplots(len(lines), 1, figsize=(11, 2.1 * len(lines)), layout="constrained")
+    for axis, line in zip(np.atleast_1d(axes), lines, strict=True):
+        sides = {
+            "user": (line["source"], 1, "#0d6efd"),
+            "agent": (line["agent_audio"], -1, "#198754"),
+        }
+        for role, (source, height, colour) in sides.items():
+            wave = model.load_audio(source, 8000).numpy()
+            time_s = np.arange(len(wave))[::8] / 8000
+            axis.plot(time_s, height + wave[::8] / max(0.1, np.abs(wave).max()) / 2, colour, lw=0.4)
+            for turn in (turn for turn in line["turns"] if turn["role"] == role):
+                axis.axvspan(turn["start"], turn["end"], *sorted((0.5, 0.5 + height / 2)),
+                             color=colour, alpha=0.12)  # fmt: skip
+                axis.text(turn["start"], height * 1.75 - 0.1, turn["text"], fontsize=8)
+        axis.set(ylim=(-2, 2.1), yticks=[1, -1], yticklabels=["user", "agent"], title=line["key"])
+    axis.set(xlabel="seconds")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

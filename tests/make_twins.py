@@ -316,6 +316,28 @@ def nemotron_folder(path):
     return path
 
 
+def embedding_folder(path):
+    """What demo/dialogues.py makes of openWakeWord's speech_embedding, with random weights."""
+    import itertools
+
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    weights, norm = {}, torch.nn.BatchNorm2d(24)
+    for n, (one, other) in enumerate(itertools.pairwise(model.SpeechEmbedding.widths)):
+        kernel = (3, 3) if n == 0 else (1, 3) if n % 2 and n < 19 else (3, 1)
+        conv = torch.nn.Conv2d(one, other, kernel)
+        weights |= {f"{n}.weight": conv.weight.data * 3, f"{n}.bias": conv.bias.data}
+    weights |= {f"norm.{name}": value for name, value in norm.state_dict().items()}
+    weights |= {"window": torch.hann_window(512), "bank": torch.rand(257, 32)}
+    Path(path).mkdir(exist_ok=True)
+    weights["19.weight"] /= 1000  # what comes out is about as large as its GRU expects
+    weights = {name: value.contiguous() for name, value in weights.items()}
+    save_file(weights, f"{path}/model.safetensors")
+    (Path(path) / "speech_embedding.json").write_text("{}")
+    return path
+
+
 def mimi_folder(path):
     """kyutai/mimi in little, its codebooks filled: they are zeros in a model of random weights."""
     import transformers as hub

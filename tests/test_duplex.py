@@ -222,6 +222,24 @@ def test_codec2_packs_what_it_unpacks():
     assert (codes[:, 3:5] < 256).all() and (codes[:, 5] < 16).all() and len(np.unique(codes)) > 400
 
 
+def test_the_embedding_hears_each_window_alone(tmp_path):
+    encoder = model.SpeechEmbedding(make_twins.embedding_folder(tmp_path / "e"), 8, 1, 0.0)
+    mels = encoder.mels(0.1 * torch.randn(encoder.before + 6 * 1280))
+    whole = encoder.embed(mels)
+    assert whole.shape == (6, 96) and whole.std() > 1e-3
+    for t in range(6):
+        assert torch.allclose(encoder.embed(mels[8 * t : 8 * t + 76])[0], whole[t], atol=1e-4)
+
+
+def test_features_of_a_frozen_encoder_are_made_once(world, tmp_path):
+    asr = make_twins.embedding_folder(tmp_path / "asr")
+    settings = f"model.pretrained_asr={asr} data.source_sample_rate=16000"
+    duplex, _, rows = build(world, settings, "model.freeze_params=^perception\\.encoder\\.front")
+    batch = batch_of(duplex, rows, [0, 1])
+    found = td.Dialogues(rows, duplex, swapped={0: 0, 1: 1})[0, 0, [[0, 1]]]  # from the audio
+    assert torch.equal(batch.feats, found.feats) and batch.feats.shape[2] == 96
+
+
 def test_a_codec2_that_is_not_there_is_asked_for(world):
     with pytest.raises(model.UserError, match="install Debian's libcodec2-1.0"):
         td.Codec2(str(world.folder / "no-codec2.so"))
@@ -261,11 +279,14 @@ def keep(seen, function):
 
 
 @pytest.mark.parametrize("kind", ["", DECODER])
-@pytest.mark.parametrize("ears", ["scratch", "nemotron", "conformer"])
+@pytest.mark.parametrize("ears", ["scratch", "nemotron", "conformer", "embedding"])
 def test_nothing_before_a_frame_hears_it(world, tmp_path, kind, ears):
     settings = ""
     if ears == "nemotron":
         settings = f"model.pretrained_asr={make_twins.nemotron_folder(tmp_path / 'asr')} "
+        settings += "data.source_sample_rate=16000"
+    if ears == "embedding":
+        settings = f"model.pretrained_asr={make_twins.embedding_folder(tmp_path / 'asr')} "
         settings += "data.source_sample_rate=16000"
     if ears == "conformer":
         settings = """model.perception.modality_adapter._target_=ConformerEncoder
