@@ -97,8 +97,6 @@ model:
     target: nemo.collections.speechlm2.modules.perception.AudioPerceptionModule  # =
     output_dim: 0            # = the LLM's width
     preprocessor: {normalize: NA}     # = statistics of a whole call would know its future
-    spec_augment:            # mel bins, frames of 10 ms; masks are the mean
-      {freq_masks: 0, freq_width: 27, time_masks: 0, time_width: 25}
     encoder:
       <<: {n_mels: 40, channels: [128, 192, 256]}    # + of scratch
       <<: {hidden: 256, layers: 2, dropout: 0.0}     # + of the GRU of scratch and speech_embedding
@@ -503,15 +501,10 @@ class Batch:
 class Dialogues(torch.utils.data.Dataset):
     """(epoch, number, group of model.length_batches) -> Batch of this process."""
 
-    def __init__(self, rows, duplex, rank=0, swapped=None, masks=None, seed=0):
-        self.rows, self.rank, self.swapped, self.seed = rows, rank, swapped or {}, seed
+    def __init__(self, rows, duplex, rank=0, swapped=None):
+        self.rows, self.rank, self.swapped = rows, rank, swapped or {}
         self.encoder, self.codec = duplex.perception.encoder, duplex.codec
         self.special, self.classes = duplex.special, duplex.ctc_class
-        self.masks = masks and model.SpecAugLFR(
-            lfr_rate=0, num_freq_mask=masks.freq_masks, num_time_mask=masks.time_masks,
-            freq_mask_width_range=(0, masks.freq_width + 1),
-            time_mask_width_range=(0, masks.time_width + 1),
-        )  # fmt: skip
 
     def __getitem__(self, place):
         (epoch, number, group), (pad, bos, eos) = place, self.special
@@ -519,9 +512,6 @@ class Dialogues(torch.utils.data.Dataset):
         for n in map(int, group[self.rank]):
             row = self.rows[n]
             feats.append(self.features(n, row))
-            if self.masks:
-                own = int(np.random.default_rng([self.seed, epoch, n]).integers(2**62))
-                feats[-1] = self.masks(feats[-1], torch.Generator().manual_seed(own))
             code = torch.frombuffer(bytearray(row["codes"]), dtype=torch.int16).long()
             code, row["text"] = code.view(-1, self.codec.codebooks), torch.tensor(row["text"])
             code[row["text"] == bos], code[row["text"] == eos] = self.codec.bos, self.codec.eos
@@ -1291,8 +1281,7 @@ def main(cfg, check_only=False):
     if world > 1:
         wrapped = nn.parallel.DistributedDataParallel(duplex, broadcast_buffers=False)
     places, known = model.endless_groups(groups_of, epoch, used), {row["key"] for row in dropped}
-    seed, masks = cfg.data.train_ds.seed, cfg.model.perception.spec_augment
-    data = Dialogues(train, duplex, rank, masks=masks, seed=seed)
+    data, seed = Dialogues(train, duplex, rank), cfg.data.train_ds.seed
     loader = iter(data.load(places, cfg.data.train_ds.num_workers, device))
     writer = SummaryWriter(folder, purge_step=step + 1) if rank == 0 else None
     say(f"train {len(train)} dialogues, {sum(train['frames']) * FRAME_S / 3600:.2f} h an epoch, "

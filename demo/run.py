@@ -638,10 +638,11 @@ def plot_turns(lines, path):
             wave = model.load_audio(source, 8000).numpy()
             time_s = np.arange(len(wave))[::8] / 8000
             axis.plot(time_s, height + wave[::8] / max(0.1, np.abs(wave).max()) / 2, colour, lw=0.4)
-            for turn in (turn for turn in line["turns"] if turn["role"] == role):
+            for n, turn in enumerate(turn for turn in line["turns"] if turn["role"] == role):
                 axis.axvspan(turn["start"], turn["end"], *sorted((0.5, 0.5 + height / 2)),
                              color=colour, alpha=0.12)  # fmt: skip
-                axis.text(turn["start"], height * 1.75 - 0.1, turn["text"], fontsize=8)
+                place = turn["start"], height * (1.8 - 0.25 * (n % 2)) - 0.1
+                axis.text(*place, turn["text"], fontsize=8)
         axis.set(ylim=(-2, 2.1), yticks=[1, -1], yticklabels=["user", "agent"], title=line["key"])
     axis.set(xlabel="seconds")
     figure.savefig(path, dpi=110)
