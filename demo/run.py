@@ -516,7 +516,7 @@ def goals(cfg, table, told):
 
 # ---- duplex: train_duplex.py ------------------------------------------------
 
-DECODER = ["d_model=256", "n_layers=4", "n_heads=4", "d_ff=768", "max_seq_len=512", "dropout=0"]
+DECODER = ["d_model=256", "n_layers=3", "n_heads=4", "d_ff=768", "max_seq_len=512", "dropout=0"]
 FIGURES = {  # score of train_duplex.py: what the table says
     "txt_wer": "text WER", "exact": "turns with every word right", "answered": "answered in time",
     "latency_s": "median latency, s (0.32 taught)", "stopped": "stopped after barge-in",
@@ -539,8 +539,10 @@ def duplex(cfg):
     ears = converse(cfg, "ears", [config_of(cfg, "duplex_ears")])
     rest = [f"model.init_from={ears}"]
     talks = converse(cfg, "talks", rest)
+    rest = [f"model.init_from={talks}", "model.scoring_asr="]  # its LLM has to do without codes
+    rest += ["trainer.max_steps=200", "trainer.val_check_interval=200"]
     rest += [f"model.speech_decoder.{setting}" for setting in DECODER]
-    decoder = converse(cfg, "decoder", [*rest, "model.scoring_asr="])
+    decoder = converse(cfg, "decoder", rest)
     scores = [row for row in read_rows(talks / "metrics.jsonl") if "val_loss" in row][-1]
     other = [row for row in read_rows(decoder / "metrics.jsonl") if "val_loss" in row][-1]
     swapped = json.loads((talks / "control.json").read_text())

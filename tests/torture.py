@@ -34,10 +34,12 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU does not outlive a fork
 import make_twins  # noqa: E402
 import matplotlib.font_manager  # noqa: E402, F401
 import peft  # noqa: E402, F401
+import test_duplex  # noqa: E402
 import torch  # noqa: E402
 import transformers.models.qwen3.modeling_qwen3  # noqa: E402
 
 import infer  # noqa: E402, F401
+import train_duplex  # noqa: E402, F401
 import train_salm  # noqa: E402, F401
 import train_steermoe  # noqa: E402, F401
 
@@ -75,6 +77,17 @@ JOBS = {  # results in DIR, the rest beside it; the later ones need the first an
         trainer.val_check_interval=4 trainer.log_every_n_steps=2 model.lora.r=2
         model.lora.lora_dropout=0.1 model.perception.modality_adapter.d_model=32
         loss.distill_weight=1 model.lr_scheduler.warmup_steps=2 exp_manager.explicit_log_dir=DIR""",
+    "train_duplex": """model.pretrained_llm={qwen3} model.pretrained_asr=scratch save_every=2
+        model.pretrained_audio_codec={mimi} model.num_codebooks=2 model.text_bos=<|im_start|>
+        model.text_eos=<|im_end|> model.text_pad=<|endoftext|> trainer.max_steps=10
+        model.perception.modality_adapter._target_=IdentityConnector trainer.accelerator=cpu
+        model.perception.encoder.hidden=16 model.perception.encoder.dropout=0.1
+        data.train_ds.manifest_filepath={dialogues} data.source_sample_rate=8000
+        data.validation_ds.datasets.a.manifest_filepath={dialogues} data.train_ds.batch_size=2
+        data.train_ds.num_workers=0 data.validation_ds.num_workers=0 trainer.val_check_interval=4
+        trainer.log_every_n_steps=2 model.user_ctc_weight=0.5 model.code_noise=0.1
+        model.speech_decoder.d_model=32 model.speech_decoder.n_layers=1
+        model.speech_decoder.n_heads=2 exp_manager.explicit_log_dir=DIR""",
 }
 
 
@@ -229,7 +242,9 @@ def main():
     (WORK / "disk").mkdir()
     world = {"work": WORK, "wavs": make_twins.wav_files(WORK / "wavs", n=24)}
     world["calls"] = make_twins.wav_files(WORK / "calls", n=10, rate=8000)
-    for kind in ("whisper", "qwen3", "official"):
+    rows = [test_duplex.dialogue(WORK, f"d{n}") for n in range(6)]
+    world["dialogues"] = test_duplex.write(WORK / "dialogues.jsonl", rows)
+    for kind in ("whisper", "qwen3", "official", "mimi"):
         world[kind] = getattr(make_twins, f"{kind}_folder")(WORK / kind)
     wrong = 0
     for name in JOBS:
