@@ -870,6 +870,9 @@ def build(cfg, parts, ctc_tokens, device):
     patterns = [e for e in conf.freeze_params if not re.match(r"\^?audio_codec", e)]
     keep = [*conf.prevent_freeze_params, *([r"^.+\.lora_.+$"] if conf.lora and conf.lora.r else [])]
     model.freeze_by_name(duplex, patterns, keep)
+    for name, p in () if conf.text_loss_weight else duplex.named_parameters():
+        if not name.startswith(("perception.encoder.", "ctc.")):
+            p.requires_grad_(False)  # no loss reaches it, and DDP would wait for it
     trained = [p for p in duplex.parameters() if p.requires_grad]
     if not trained:
         raise model.UserError("nothing trains: freeze_params matches every weight")

@@ -583,6 +583,23 @@ def test_a_run_resumes_to_the_bit(world, tmp_path, kind, monkeypatch):
         td.read_run(world.folder)
 
 
+@pytest.mark.parametrize("name", ["duplex", "duplex_speech_decoder"])
+def test_the_shipped_configurations_train(world, tmp_path, name):
+    page = Path(__file__).parents[1] / f"configs/{name}.yaml"
+    asr, data = make_twins.nemotron_folder(tmp_path / "asr"), world.path
+    own = "model.speech_decoder.n_layers=1 model.speech_decoder.d_kv=16"
+    small = f"""model.pretrained_asr={asr} data.source_sample_rate=16000 model.scoring_asr=
+        model.perception.modality_adapter.d_model=16 model.perception.modality_adapter.n_heads=2
+        model.perception.modality_adapter._target_=ConformerEncoder trainer.max_steps=2
+        ~data.validation_ds.datasets
+        data.validation_ds.datasets.dev.manifest_filepath={data} data.train_ds.batch_duration=8
+        exp_manager.explicit_log_dir={tmp_path}/run {f"{DECODER} {own}" * ("decoder" in name)}"""
+    td.main(config(page, world.run, small))
+    saved = trained(tmp_path / "run")
+    assert any(n.startswith("speech_decoder.") for n in saved) == ("decoder" in name)
+    assert {"perception.encoder.net.layers.0.norm_conv.weight", "ctc.weight"} <= {*saved}
+
+
 def test_two_processes_equal_one(world, tmp_path):
     rest = world.run, "trainer.max_steps=2 ~data.validation_ds.datasets model.code_noise=0"
     one, two = tmp_path / "one", tmp_path / "two"
@@ -601,7 +618,6 @@ def test_two_processes_equal_one(world, tmp_path):
 def test_ctc_trains_alone_and_another_run_goes_on(world, tmp_path):
     ears = tmp_path / "ears"
     td.main(config(world.run, "model.text_loss_weight=0 model.audio_loss_weight=0",
-                   "model.freeze_params=[^llm,^audio,^perception\\.proj]",
                    f"exp_manager.explicit_log_dir={ears}"))  # fmt: skip
     weights = trained(ears)
     assert all(name.startswith(("perception.", "ctc.", "audio_")) for name in weights)
