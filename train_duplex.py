@@ -80,7 +80,7 @@ model:
   pretrained_asr: ???        # a causal encoder: Nemotron's; + scratch: a small one, random weights
   pretrained_audio_codec: kyutai/mimi  # or its folder; + codec2, or the path of its library
   scoring_asr: ""            # a Whisper that hears the agent in validation; "": none
-  pretrained_weights: true   # false: random weights of the same architectures
+  pretrained_weights: true   # false: the LLM begins from random ones; of an encoder see scratch
   init_from: ""              # + run of this script whose weights it begins with, as far as they fit
   num_codebooks: 8           # + of Mimi
   <<: {text_bos: "", text_eos: "", text_pad: ""}  # + tokens; "": the tokenizer's own
