@@ -1328,8 +1328,8 @@ class ScratchEncoder(SpeechEncoder):
         del self.identity["weights"]  # random ones: those that count are saved
         self.sample_rate, self.dropout = rate, dropout
         self.hop, self.window = rate // 100, rate // 40
-        bank = torchaudio.functional.melscale_fbanks(257, 60.0, rate / 2, n_mels, rate)
-        self.register_buffer("bank", bank, persistent=False)
+        # no buffer: features are made on the CPU, also in the workers of a process with a GPU
+        self.bank = torchaudio.functional.melscale_fbanks(257, 60.0, rate / 2, n_mels, rate)
 
     @property
     def before(self):
@@ -1344,11 +1344,13 @@ class ScratchEncoder(SpeechEncoder):
 
     def mels(self, wave):
         frames = wave.unfold(0, self.window, self.hop) * torch.hann_window(self.window)
-        power = torch.fft.rfft(frames, 512).abs().pow(2) @ self.bank.cpu()
+        power = torch.fft.rfft(frames, 512).abs().pow(2) @ self.bank
         return (power + 1e-6).log() / 4 + 1
 
+    read = mels  # what `features` gives, of a wave with the samples before it
+
     def features(self, wave, key=""):
-        return self.mels(F.pad(wave, (self.before, 0)))
+        return self.read(F.pad(wave, (self.before, 0)))
 
     def convolve(self, x):
         for conv, norm in zip(self.net["convs"], self.net["norms"], strict=True):
@@ -1362,8 +1364,8 @@ class ScratchEncoder(SpeechEncoder):
     def stream(self, samples, state=None):
         tail, hidden = state or (torch.zeros(self.before), None)
         wave = torch.cat([tail, samples])
-        mels = self.mels(wave)[None].to(self.bank.device)
-        x, hidden = self.net["gru"](self.convolve(mels), hidden)
+        x = self.read(wave)[None].to(self.net["gru"].weight_hh_l0.device)
+        x, hidden = self.net["gru"](self.convolve(x), hidden)
         return x, (wave[-self.before :], hidden)
 
 
@@ -1376,32 +1378,31 @@ class SpeechEmbedding(ScratchEncoder):
     pools = {2: (2, 2), 6: (1, 2), 10: (2, 2), 14: (1, 2), 18: (2, 2)}
 
     def __init__(self, folder, hidden, layers, dropout):
+        from safetensors.torch import load_file
+
         super().__init__(16000, 32, [1, 1, 96], hidden, layers, dropout)
         self.net["convs"] = self.net["norms"] = nn.ModuleList()
-        self.window, self.front = 512, nn.ModuleDict({"norm": nn.BatchNorm2d(24, eps=1e-3)})
+        self.window, front = 512, nn.ModuleDict({"norm": nn.BatchNorm2d(24, eps=1e-3)})
         for n, (one, other) in enumerate(itertools.pairwise(self.widths)):
             kernel = (3, 3) if n == 0 else (1, 3) if n % 2 and n < 19 else (3, 1)
             padding = (0, 1) if kernel[1] == 3 else 0
-            self.front[str(n)] = nn.Conv2d(one, other, kernel, padding=padding)
-        self.register_buffer("hann", torch.zeros(512), persistent=False)
-        from safetensors.torch import load_file
-
+            front[str(n)] = nn.Conv2d(one, other, kernel, padding=padding)
         weights = load_file(Path(folder) / "model.safetensors")
         self.hann, self.bank = weights.pop("window"), weights.pop("bank")
-        load_weights(self.front, weights, folder)
-        freeze(self.front)
+        load_weights(front, weights, folder)
+        self.__dict__["front"] = freeze(front)  # past nn.Module: it stays on the CPU
         self.identity |= {"front_end": f"speech_embedding-{hash_tensors(weights)}"}
 
     def mels(self, wave):
         """In dB above a fixed floor: the original's, 80 dB below the loudest, knows the future."""
-        frames = 32768 * wave.unfold(0, self.window, self.hop) * self.hann.cpu()
-        power = torch.fft.rfft(frames).abs().pow(2) @ self.bank.cpu()
+        frames = 32768 * wave.unfold(0, self.window, self.hop) * self.hann
+        power = torch.fft.rfft(frames).abs().pow(2) @ self.bank
         return power.clamp(min=100.0).log10() + 2
 
-    @torch.no_grad()
-    def features(self, wave, key=""):
-        return self.embed(super().features(wave).to(self.hann.device)).cpu()
+    def read(self, wave):
+        return self.embed(self.mels(wave))
 
+    @torch.no_grad()
     def embed(self, mels):  # (F, 32) -> (T, 96)
         x = self.front["0"](mels[None, None])
         x = self.front["norm"](F.relu(x))
@@ -1412,7 +1413,7 @@ class SpeechEmbedding(ScratchEncoder):
         return x[0, :, :, 0].T
 
     def convolve(self, x):
-        return x if x.shape[-1] == 96 else self.embed(x[0])[None]
+        return x
 
     def out_lens(self, lens):
         return lens

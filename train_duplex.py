@@ -835,7 +835,7 @@ def load_parts(cfg, dtype, device):
     if conf.pretrained_asr == "scratch":
         encoder = model.ScratchEncoder(rate, own.n_mels, own.channels, **gru)
     elif (Path(conf.pretrained_asr) / "speech_embedding.json").is_file():
-        encoder = model.SpeechEmbedding(conf.pretrained_asr, **gru).to(device)
+        encoder = model.SpeechEmbedding(conf.pretrained_asr, **gru)
     else:
         encoder = model.load_encoder(conf.pretrained_asr)
     if not encoder.causal or encoder.frame_ms != 1000 * FRAME_S:

@@ -234,7 +234,7 @@ def test_the_embedding_hears_each_window_alone(tmp_path):
 def test_features_of_a_frozen_encoder_are_made_once(world, tmp_path):
     asr = make_twins.embedding_folder(tmp_path / "asr")
     settings = f"model.pretrained_asr={asr} data.source_sample_rate=16000"
-    duplex, _, rows = build(world, settings, "model.freeze_params=^perception\\.encoder\\.front")
+    duplex, _, rows = build(world, settings)
     batch = batch_of(duplex, rows, [0, 1])
     found = td.Dialogues(rows, duplex, swapped={0: 0, 1: 1})[0, 0, [[0, 1]]]  # from the audio
     assert torch.equal(batch.feats, found.feats) and batch.feats.shape[2] == 96
