@@ -799,6 +799,8 @@ def main(cfg):
 def answer_calls(rows, outputs, inputs, cfg, device, dtype):
     """What a duplex model says to each recording: audio and turns."""
     script = importlib.import_module("train_duplex")
+    if cfg.data.channel == "split" or dist.is_initialized():
+        raise model.UserError("a duplex model hears one channel, in one process: data.channel=0")
     if wrong := [path for path in outputs if path.suffix not in (".wav", ".jsonl")]:
         raise model.UserError(f"out: {wrong[0]}: a duplex model writes .wav and .jsonl")
     waves = [path for path in outputs if path.suffix == ".wav"]

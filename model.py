@@ -110,8 +110,10 @@ def load_config(arguments, defaults, aliases=None, optional=(), absent=()):
                     OmegaConf.update(config, key, value, force_add=True)
                 elif key in known:
                     OmegaConf.update(config, key, convert(value, known[key], f"{where}: {key}"))
-                elif value in (*NULL, "") and any(name.startswith(f"{key}.") for name in known):
-                    continue  # `section:` with nothing below it
+                elif (where, value) in ((argument, "null"), (argument, "")) and any(
+                    name.startswith(f"{key}.") for name in known
+                ):
+                    continue  # `section:` with nothing below it, in a file
                 else:
                     nearest = difflib.get_close_matches(key, known, 1, 0.0)[0]
                     raise UserError(f"{where}: unknown key {key!r}; did you mean {nearest!r}?")
@@ -468,9 +470,8 @@ def keep_best(kept, scores, conf, weights, folder, publish):
     if not conf.create_checkpoint_callback:
         return kept
     conf = conf.checkpoint_callback_params
-    if conf.monitor not in scores:
-        raise UserError(f"monitor={conf.monitor}: is none of {', '.join(scores)}")
-    score = scores[conf.monitor] * (1 if conf.mode == "min" else -1)
+    sign, score = 1 if conf.mode == "min" else -1, scores.get(conf.monitor)
+    score = math.inf if score is None else sign * score  # the worst, where there is none
 
     def written(match):
         return f"{match[1]}={format(scores.get(match[1], ''), match[2] or '')}"

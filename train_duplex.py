@@ -10,7 +10,7 @@ Time    frames of 80 ms, T of a dialogue. Step t hears the user up to the end of
             x_t  text      PAD ...... BOS  "you" "entered" "five" PAD ....... EOS PAD
             c_t  codes     silence .. sBOS speech speech speech .... speech sEOS silence
             a_t  = c_(t-1), a_0 = DELAY: the codes that step t sees. BOS stands a frame before the
-                 first one of speech and EOS behind the last one: control codes replace only silence
+                 first one of speech and EOS behind the last one: control codes replace silence
 Model   DuplexS2SModel (speech_decoder: null): the LLM reads w s_t + E(x_t) + sum over K codebooks
         of E_k(a_t); its lm_head predicts x_(t+1), audio_head c_t, K x (V + 3) logits.
         DuplexS2SSpeechDecoderModel: the LLM reads w s_t + E(x_t); a causal transformer behind it
@@ -35,7 +35,8 @@ Logged  text, audio (nats a frame, and a code), ctc (nats a token), lr, grad_nor
         _eos, _text, val_ce_silent and _speaking (codes of these frames); of a free run val_txt_wer
         and _bleu, val_exact (turns with every word right), val_asr_wer and _bleu (scoring_asr hears
         the agent), val_answered (turns begun -0.16 to 1 s behind the user), val_latency_s (median),
-        val_stopped (within 1 s of a barge-in), val_stop_s (median), val_spurious (per 100 turns).
+        val_stopped (within 1 s of a barge-in), val_stop_s (median), val_spurious (per 100 turns),
+        val_user_wer (CTC of the user's words).
 """
 
 import contextlib
@@ -81,7 +82,7 @@ model:
   pretrained_audio_codec: kyutai/mimi  # or its folder; + codec2, or the path of its library
   scoring_asr: ""            # a Whisper that hears the agent in validation; "": none
   pretrained_weights: true   # false: the LLM begins from random ones; of an encoder see scratch
-  init_from: ""              # + run of this script whose weights it begins with, as far as they fit
+  init_from: ""              # + run of this script to begin with; parts that one lacks are left out
   num_codebooks: 8           # + of Mimi
   <<: {text_bos: "", text_eos: "", text_pad: ""}  # + tokens; "": the tokenizer's own
   duplex_user_channel_weight: 1.0
@@ -235,7 +236,9 @@ class Mimi:
 
     @torch.no_grad()
     def decode(self, codes):
-        return self.net.decode(codes.T[None].to(self.net.device)).audio_values[0, 0].cpu()
+        codes = codes.T[None].to(self.net.device)
+        with torch.autocast(self.net.device.type, enabled=False):  # fp32, whoever calls
+            return self.net.decode(codes).audio_values[0, 0].cpu()
 
     def decoder(self):
         return None  # its convolutions have no cache: a whole dialogue is decoded at the end
@@ -404,8 +407,8 @@ def to_channels(row, where, cfg, parts):
             if turn["role"] == "user":
                 found["user_ids"].append(ids)
             elif first < frames:
-                # BOS is never the first label: who begins at once is heard a little later,
-                # and the user too
+                # x_0 is no label, and BOS has to be one: who begins at once is heard a little
+                # later, and the user too
                 lead = lead if own else max(0, 2 - first)
                 own.append((first + lead, math.ceil(turn["end"] / FRAME_S - 1e-6) + lead, ids))
         for turn in turns:
@@ -464,7 +467,12 @@ def read_dialogues(conf, cfg, parts, cache_dir):
     tables = []
     for item in items:
         (path,) = item.values()
-        given = {"fingerprint": model.hash_text([model.file_stamp(path), about])}
+        files = sorted(map(str, Path(path).glob("*")))  # of Shar; else all that is named
+        if "manifest_filepath" in item:
+            named = (row for _, row in list_dialogues(item, cache_dir))
+            files = [path, *(row[side]["source"] for row in named for side in ("user", "agent"))]
+        stamps = [model.file_stamp(file) for file in files]
+        given = {"fingerprint": model.hash_text([path, stamps, about])}
         try:
             kept = datasets.Features(kinds), str(cache_dir)
             rows = datasets.Dataset.from_generator(make, *kept, gen_kwargs={"item": item}, **given)
@@ -508,21 +516,23 @@ class Dialogues(torch.utils.data.Dataset):
 
     def __getitem__(self, place):
         (epoch, number, group), (pad, bos, eos) = place, self.special
-        rows, feats, codes = [], [], []
+        rows, feats, codes, texts, users = [], [], [], [], []
         for n in map(int, group[self.rank]):
             row = self.rows[n]
             feats.append(self.features(n, row))
             code = torch.frombuffer(bytearray(row["codes"]), dtype=torch.int16).long()
-            code, row["text"] = code.view(-1, self.codec.codebooks), torch.tensor(row["text"])
-            code[row["text"] == bos], code[row["text"] == eos] = self.codec.bos, self.codec.eos
+            code, text = code.view(-1, self.codec.codebooks), torch.tensor(row["text"])
+            code[text == bos], code[text == eos] = self.codec.bos, self.codec.eos
             codes.append(code)
-            rows.append({name: row[name] for name in row.keys() - {"codes", "feats"}})
+            texts.append(text)
+            users.append(self.user_turns(row))
+            rows.append({name: row[name] for name in KINDS if name not in ("codes", "feats")})
         frames, lens = (torch.tensor([*map(len, part)]) for part in (codes, feats))
-        text = pad_sequence([row["text"] for row in rows], True, pad).long()
+        text = pad_sequence(texts, True, pad).long()
         mask = model.length_mask(frames, text.shape[1])[..., None]
         codes = torch.where(mask, pad_sequence(codes, True), self.codec.silence)
         batch = pad_sequence(feats, True), lens, frames, text, codes
-        return Batch(*batch, [self.user_turns(row) for row in rows], rows, epoch, number + 1)
+        return Batch(*batch, users, rows, epoch, number + 1)
 
     def features(self, n, row):
         """What the encoder reads in dialogue n, or, swapped, in place of its user."""
@@ -544,7 +554,8 @@ class Dialogues(torch.utils.data.Dataset):
         for n, (turn, ids) in enumerate(zip(turns, row["user_ids"], strict=True)):
             end = min(math.ceil(turn["end"] / FRAME_S) + 3, firsts[n + 1])
             ids = [self.classes[i] for i in ids if i in self.classes]
-            if ids and not row["reason"]:
+            fits = model.ctc_min_frames(ids) <= end - firsts[n]
+            if ids and fits and not row["reason"]:
                 found.append((firsts[n], end, ids))
         return found
 
@@ -739,21 +750,17 @@ class Duplex(nn.Module):
         codes = torch.full((batch, self.codec.codebooks), self.codec.delay, device=device)
         behind = self.speech_decoder and DynamicCache(config=self.speech_decoder.net.config)
         cache = DynamicCache(config=self.llm.config)
-        return SimpleNamespace(text=text, codes=codes, cache=cache, behind=behind, steps=0)
+        return SimpleNamespace(text=text, codes=codes, cache=cache, behind=behind)
 
     @torch.no_grad()
     def step(self, speech, state, temperature=0.0, top_k=0):
         """One frame: s_t (B, H) -> x_(t+1) (B,), c_t (B, K); `state` goes on to the next one."""
-        decoder = self.speech_decoder
-        if decoder and state.steps >= decoder.longest:
-            most = f"speech_decoder.max_seq_len={decoder.longest} frames"
-            raise model.UserError(f"a dialogue is longer than {most}")
         text, codes = state.text[:, None], state.codes[:, None]
         embeds, rest = self.inputs(speech[:, None], text, codes), {"use_cache": True}
         hidden = self.llm.model(inputs_embeds=embeds, cache=state.cache, **rest).last_hidden_state
         state.text = self.llm.lm_head(hidden[:, -1]).float().argmax(-1)
         logits = self.audio_logits(hidden, codes, state.behind)[:, 0]
-        state.codes, state.steps = sample(logits, temperature, top_k), state.steps + 1
+        state.codes = sample(logits, temperature, top_k)
         return state.text, state.codes
 
     @torch.no_grad()
@@ -805,7 +812,7 @@ def learning_rate(step, conf, total):
     peak, own = conf.optimizer.lr, conf.lr_scheduler
     if step < own.warmup_steps:
         return peak * (step + 1) / own.warmup_steps
-    end = min(int(own.max_steps), total)
+    end = min(int(own.max_steps), total) if int(own.max_steps) >= 0 else total
     done = min(1.0, (step - own.warmup_steps) / max(1, end - own.warmup_steps))
     return own.min_lr + (peak - own.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
@@ -850,6 +857,8 @@ def load_parts(cfg, dtype, device):
     llm, tokenizer = model.load_llm(conf.pretrained_llm, dtype, lora=lora, chat=False)
     for name, module in () if conf.pretrained_weights else llm.named_modules():
         if "lora_" not in name:
+            for p in module.parameters(recurse=False):
+                p._is_hf_initialized = False  # transformers would leave it as it is loaded
             llm._init_weights(module)
     return SimpleNamespace(encoder=encoder, llm=llm, tokenizer=tokenizer, codec=codec,
                            special=special_tokens(tokenizer, conf))  # fmt: skip
@@ -924,7 +933,8 @@ def evaluate(duplex, sets, run, swap=False):
     swap: each hears the user of another dialogue, half a set away.
     """
     duplex.eval()
-    conf, scores, lines = duplex.cfg.data.validation_ds, {}, []
+    conf, scores, means, lines = duplex.cfg.data.validation_ds, {}, {}, []
+    most = conf.score_turns // run.world or sys.maxsize
     for name, rows in sets.items():
         count, order = len(rows), np.argsort(rows["frames"], kind="stable").tolist()
         order = order[run.rank :: run.world]  # of like length: little padding
@@ -940,7 +950,7 @@ def evaluate(duplex, sets, run, swap=False):
                 sums.update({key: float(value) for key, value in duplex(feats, batch).items()})
                 found += talk(duplex, feats, batch, conf, name)
             sums.update(dict(zip(("frames", "labels"), batch.counts(), strict=True)))
-        hear_agents(found, duplex, None if swap else run.scorer, conf.score_turns or sys.maxsize)
+        hear_agents(found, duplex, None if swap else run.scorer, most)
         parts = [(found, sums)] * run.world
         if run.world > 1:
             dist.all_gather_object(parts, (found, sums))
@@ -949,10 +959,10 @@ def evaluate(duplex, sets, run, swap=False):
             sums.update(part)
         own = loss_scores(sums, duplex.cfg.model) | dialogue_scores(found)
         scores |= {f"{key}_{name}": value for key, value in own.items()}
+        for key, value in own.items():
+            means.setdefault(key, []).append(value)
         lines += found
-    for kind in dict.fromkeys(key.rsplit("_", 1)[0] for key in [*scores]):
-        own = [scores[f"{kind}_{name}"] for name in sets if f"{kind}_{name}" in scores]
-        scores[kind] = sum(own) / len(own)
+    scores |= {key: sum(values) / len(values) for key, values in means.items()}
     duplex.train()
     return scores, lines
 
@@ -1006,6 +1016,7 @@ def judge_turns(line):
         said = line["found"][matched[n]] if n in matched else None
         before = [u["end"] for u in users if u["end"] <= turn["start"] + FRAME_S]
         cut = [u["start"] for u in users if turn["start"] < u["start"] <= turn["end"]]
+        cut = [start for start in cut if turn["end"] - start <= LATE_S]  # else it was to speak on
         turns.append({
             "wanted": turn["text"], "text": said["text"] if said else "", "answered": bool(said),
             "latency": said["start"] - before[-1] if said and before else None,
@@ -1021,8 +1032,9 @@ def dialogue_scores(lines):
 
     scores = {}
     if lines and "user_ctc" in lines[0]:
-        said = [" ".join(t["text"] for t in x["turns"] if t["role"] == "user") for x in lines]
-        heard = [line["user_ctc"] for line in lines]
+        known = [line for line in lines if not line["reason"]]
+        said = [" ".join(t["text"] for t in x["turns"] if t["role"] == "user") for x in known]
+        heard = [line["user_ctc"] for line in known]
         scores["val_user_wer"] = model.error_rate(said, heard)["rate"]
     judged = [judge_turns(line) for line in lines if "found" in line and not line["reason"]]
     turns = [turn for found, _ in judged for turn in found]
@@ -1137,8 +1149,11 @@ def check(cfg, say, verbose):
         raise model.UserError(counted + "".join(lines))
     model.check_marked(cfg, DEFAULTS, say, verbose, all_keys=True)
     conf, score = cfg.model, "exp_manager.checkpoint_callback_params"
-    kinds = """loss ce_pad ce_bos ce_eos ce_text ce_silent ce_speaking txt_wer txt_bleu exact
-        asr_wer asr_bleu answered latency_s stopped stop_s spurious user_wer"""
+    kinds = "loss" + " user_wer" * (conf.user_ctc_weight > 0)
+    if conf.text_loss_weight > 0:
+        kinds += """ ce_pad ce_bos ce_eos ce_text ce_silent ce_speaking txt_wer txt_bleu exact
+            answered latency_s stopped stop_s spurious"""
+        kinds += " asr_wer asr_bleu" * bool(conf.scoring_asr)
     names = [f"val_{kind}" for kind in kinds.split()]
     names += [f"{kind}_{name}" for kind in names for name in cfg.data.validation_ds.datasets]
     for key, allowed in {
@@ -1172,10 +1187,9 @@ def list_data(cfg, parts, folder, rank):
     if rank == 0 and dist.is_initialized():
         dist.barrier()
     conf, dropped, decoder = cfg.data.train_ds, [], cfg.model.speech_decoder
-    limits = {"batch_duration": conf.batch_duration / FRAME_S or math.inf}
-    limits["speech_decoder.max_seq_len"] = decoder.max_seq_len if decoder else math.inf
+    limits = {"speech_decoder.max_seq_len": decoder.max_seq_len if decoder else math.inf}
 
-    def usable(rows):
+    def usable(rows, limits):
         kept = []
         for n, row in enumerate(rows.select_columns(["key", "where", "reason", "frames"])):
             over = [f"longer than {key}" for key, most in limits.items() if row["frames"] > most]
@@ -1185,7 +1199,9 @@ def list_data(cfg, parts, folder, rank):
                 kept.append(n)
         return rows.select(kept)
 
-    train, sets = usable(train), {name: usable(rows) for name, rows in sets.items()}
+    sets = {name: usable(rows, limits) for name, rows in sets.items()}
+    limits["batch_duration"] = conf.batch_duration / FRAME_S or math.inf
+    train = usable(train, limits)
     if rank == 0:
         model.save(folder / "dropped.jsonl", dropped)
     if len(dropped) > conf.max_dropped or not all(map(len, (train, *sets.values()))):
@@ -1240,7 +1256,9 @@ def main(cfg, check_only=False):
     say = print if rank == 0 else lambda *_: None
     torch.manual_seed(cfg.data.train_ds.seed)
     parts = load_parts(cfg, dtype, device)
+    scorer = load_scorer(cfg.model.scoring_asr, device) if cfg.model.scoring_asr else None
     if check_only:
+        build(cfg, parts, [], device)
         return
     identity = {n: getattr(parts, n).identity for n in ("encoder", "llm", "codec")}
     lacks = not keep.resume_ignore_no_checkpoint and not (folder / "last.pt").exists()
@@ -1255,9 +1273,7 @@ def main(cfg, check_only=False):
         count = sum(p.numel() for p in part.parameters() if p.requires_grad)
         say(f"{name}: {count:,} of {sum(p.numel() for p in part.parameters()):,} weights train")
     amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    run = SimpleNamespace(device=device, amp=amp, rank=rank, world=world, scorer=None)
-    if cfg.model.scoring_asr:
-        run.scorer = load_scorer(cfg.model.scoring_asr, device)
+    run = SimpleNamespace(device=device, amp=amp, rank=rank, world=world, scorer=scorer)
     groups_of = functools.partial(batch_groups, train, cfg.data.train_ds, world)
     groups, accum = len(groups_of(0)), conf.accumulate_grad_batches
     most = conf.max_steps if conf.max_steps >= 0 else sys.maxsize
@@ -1265,6 +1281,8 @@ def main(cfg, check_only=False):
     interval = conf.val_check_interval
     interval *= (conf.limit_train_batches or groups) if interval <= 1 else 1
     identity["data"] = {"dialogues": model.hash_text([*train["key"]])}
+    names = [name for name, p in duplex.named_parameters() if p.requires_grad]
+    identity["freeze_params"] = {"weights that train": model.hash_text(names)}  # Adam's places
     if state:
         model.check_identity(state["identity"], identity, folder / "last.pt")
     begin = {"step": 0, "epoch": 0, "used": 0, "kept": [], "spent": 0.0}
@@ -1367,7 +1385,7 @@ def load_run(folder, cfg, device, dtype):
     own = OmegaConf.create(config["conf"])
     own.model.pretrained_asr = cfg.encoder.name or own.model.pretrained_asr
     own.model.pretrained_llm = cfg.llm.name or own.model.pretrained_llm
-    own.model.init_from, own.model.freeze_params = "", []
+    own.model.init_from = ""
     parts = load_parts(own, dtype, device)
     loaded = {name: getattr(parts, name).identity for name in ("encoder", "llm", "codec")}
     model.check_identity(config, loaded, folder)
@@ -1389,6 +1407,9 @@ def answer(duplex, row, cfg, device, dtype):
     wave = model.load_clip(row, rate, cfg.data.channel)
     seconds, turns = len(wave) / rate, []
     frames = math.ceil(len(wave) / frame + conf.tail_s / FRAME_S - 1e-6)
+    decoder = duplex.speech_decoder
+    if decoder and frames > decoder.longest:
+        raise model.AudioError(f"is longer than max_seq_len={decoder.longest} frames of 80 ms")
     wave = F.pad(wave, (0, frames * frame - len(wave)))
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         if conf.live:
@@ -1440,6 +1461,7 @@ def run_live(duplex, wave, frames, conf):
         first = t * size + ahead * (t > 0)
         speech, _, heard = duplex.perception.stream(wave[first : (t + 1) * size + ahead], heard)
         text, code = duplex.step(speech[:, -1], state, conf.temperature, conf.top_k)
+        code = code.cpu()  # the clock waits for a GPU
         if decode:
             sounds.append(duplex.to_wave(code, decode))
         took.append(time.time() - due)

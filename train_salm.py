@@ -603,7 +603,7 @@ def learning_rate(step, conf, total):
     peak, own = conf.optimizer.lr, conf.lr_scheduler
     if step < own.warmup_steps:
         return peak * (step + 1) / own.warmup_steps
-    end = min(int(own.max_steps), total)
+    end = min(int(own.max_steps), total) if int(own.max_steps) >= 0 else total
     done = min(1.0, (step - own.warmup_steps) / max(1, end - own.warmup_steps))
     return own.min_lr + (peak - own.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
 

@@ -8,8 +8,8 @@ Output  out/dialogues/*.wav   the user at 16 kHz, the agent at 8 kHz
         out/models/codec2/libcodec2.so.1.0 (Debian, LGPL-2.1); out/models/speech_embedding (Google,
         see LICENCE); out/models/words: a small Llama with random weights, a tokenizer of the words
 The user says digits, often with a word around them, or one of a few phrases; the agent answers
-0.32 s later with real recordings (one woman's, CC-BY-SA-3.0): "you entered" and the digits, or a
-prompt that belongs to the phrase. Some of its turns are interrupted: 0.4 s later it is silent.
+0.32 to 0.4 s later with real recordings (one woman's, CC-BY-SA-3.0): "you entered" and the digits,
+or a prompt that belongs to the phrase. Some of its turns are interrupted; it then stops in 0.5 s.
 """
 
 import functools
@@ -222,7 +222,7 @@ def read_onnx(path):
 
 
 def make_embedding(work):
-    """Google's speech_embedding out of openWakeWord's wheel, for train_duplex.SpeechEmbedding."""
+    """Google's speech_embedding out of openWakeWord's wheel, for model.SpeechEmbedding."""
     print(LICENCE)
     assets.fetch_wheel("openwakeword==0.4.0", work)
     source, folder = work / "openwakeword/resources/models", work / "speech_embedding"

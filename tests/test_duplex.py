@@ -615,6 +615,28 @@ def test_two_processes_equal_one(world, tmp_path):
     assert any(not torch.allclose(first[name], start[name], atol=1e-3) for name in first)
 
 
+def test_names_of_sets_hold_underscores_and_a_score_may_be_missing(world, tmp_path):
+    folder, data = tmp_path / "run", "data.validation_ds.datasets.val_set_0.manifest_filepath"
+    td.main(config(world.run, f"{data}={world.path} exp_manager.explicit_log_dir={folder}",
+                   "exp_manager.checkpoint_callback_params.monitor=val_latency_s",
+                   "trainer.max_steps=-1 trainer.max_epochs=1"))  # fmt: skip
+    rows = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+    last = [row for row in rows if "val_loss" in row][-1]
+    mean = (last["val_loss_val_set_0"] + last["val_loss_same"]) / 2
+    assert last["val_loss"] == pytest.approx(mean)
+    assert (folder / "last.pt").is_file() and len(trained(folder)) > 5
+    rates = [row["lr"] for row in rows if "lr" in row]
+    assert len(rates) == 2 and rates[1] > 1e-4  # max_steps=-1 is no end of the schedule
+
+
+def test_an_llm_can_begin_from_random_weights(world):
+    cfg = config(world.run, "model.pretrained_weights=false")
+    own = td.load_parts(cfg, torch.float32, CPU).llm.state_dict()
+    given = td.load_parts(config(world.run), torch.float32, CPU).llm.state_dict()
+    changed = [name for name in own if not torch.equal(own[name], given[name])]
+    assert {"model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"} <= {*changed}
+
+
 def test_ctc_trains_alone_and_another_run_goes_on(world, tmp_path):
     ears = tmp_path / "ears"
     td.main(config(world.run, "model.text_loss_weight=0 model.audio_loss_weight=0",

@@ -175,7 +175,8 @@ audio_adaptor_conf: encoder_dim=16 freeze=false
 ctc_decoder_conf: downsample_rate=2 ffn_dim=32 llm_dim=16 encoder_dim=16 n_layer=4 freeze=true
 ctc_conf.dropout_rate=0.5 dataset_conf.ctc_tokenizer_conf.vocab_path=nowhere""",
     "lora": "llm_conf.lora_conf: r=4 lora_alpha=8 lora_dropout=0.5 target_modules=k_proj",
-    "step": """llm_weight=2 ctc_weight=2 distill_weight=2 detach_ctc_decoder=true specaug= seed=1
+    "step": """llm_weight=2 ctc_weight=2 distill_weight=2
+feature_noise=0.5 detach_ctc_decoder=true specaug= seed=1
 model_conf: lsm_weight=0.3 length_normalized_loss=false
 train_data_set_list= valid_data_set_list= clean_data_set_list= clean_valid_data_set_list=
 data_mix=0.6 scheduler_conf.warmup_steps=7 dataset_conf.prompt_conf.use_hotwords=false

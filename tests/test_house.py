@@ -25,7 +25,7 @@ OF_CONFIG = {
 BUDGETS = {  # lines; tests/ and demo/ of all their files
     "model.py": 2540, "precompute.py": 300, "train_phase1.py": 455, "train_phase2.py": 480,
     "infer.py": 970, "report.py": 210, "finetune_encoder.py": 1710, "train_steermoe.py": 840,
-    "train_salm.py": 1170, "merge.py": 315, "train_duplex.py": 1455, "bench": 550, "demo": 1500,
+    "train_salm.py": 1170, "merge.py": 315, "train_duplex.py": 1490, "bench": 550, "demo": 1500,
     "tests": 7700,
     "README.md": 260,
 }  # fmt: skip
