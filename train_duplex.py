@@ -623,7 +623,8 @@ class SpeechDecoder(nn.Module):
         super().__init__()
         drop = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), conf.dropout)
         self.net = GPT2Model(GPT2Config(
-            vocab_size=1, n_embd=conf.d_model, n_layer=conf.n_layers, n_head=conf.n_heads,
+            vocab_size=1, bos_token_id=None, eos_token_id=None, n_embd=conf.d_model,
+            n_layer=conf.n_layers, n_head=conf.n_heads,
             n_inner=conf.d_ff, n_positions=conf.max_seq_len, **drop,
             layer_norm_epsilon=conf.layernorm_epsilon, initializer_range=conf.init_method_std,
             activation_function=conf.activation_function,
