@@ -83,6 +83,7 @@ def load_config(arguments, defaults, aliases=None, optional=(), absent=()):
         arguments = [name, *filter(None, rest)]
     known, off = flatten(OmegaConf.to_container(config)), set(absent)
     free = tuple(f"{key}." for key, default in known.items() if default == {})  # names of all kinds
+    sections = {key[: dot.end()] for key in known for dot in re.finditer(r"\.", key)}
     try:
         for argument in arguments:
             if argument == "--config":
@@ -110,9 +111,7 @@ def load_config(arguments, defaults, aliases=None, optional=(), absent=()):
                     OmegaConf.update(config, key, value, force_add=True)
                 elif key in known:
                     OmegaConf.update(config, key, convert(value, known[key], f"{where}: {key}"))
-                elif (where, value) in ((argument, "null"), (argument, "")) and any(
-                    name.startswith(f"{key}.") for name in known
-                ):
+                elif where == argument and value in ("null", "") and f"{key}." in sections:
                     continue  # `section:` with nothing below it, in a file
                 else:
                     nearest = difflib.get_close_matches(key, known, 1, 0.0)[0]
@@ -474,7 +473,8 @@ def keep_best(kept, scores, conf, weights, folder, publish):
     score = math.inf if score is None else sign * score  # the worst, where there is none
 
     def written(match):
-        return f"{match[1]}={format(scores.get(match[1], ''), match[2] or '')}"
+        found = match[1] in scores  # one of an agent that never answers is missing
+        return f"{match[1]}={format(scores[match[1]], match[2] or '') if found else 'none'}"
 
     name = re.sub(r"\{(\w+)(?::([^}]*))?\}", written, conf.filename) + ".pt"
     new = sorted([*kept, [score, name]])[: conf.save_top_k if conf.save_top_k >= 0 else None]

@@ -467,8 +467,9 @@ def read_dialogues(conf, cfg, parts, cache_dir):
     tables = []
     for item in items:
         (path,) = item.values()
-        files = sorted(map(str, Path(path).glob("*")))  # of Shar; else all that is named
-        if "manifest_filepath" in item:
+        if "shar_path" in item:
+            files = sorted(map(str, Path(path).glob("*")))
+        else:
             named = (row for _, row in list_dialogues(item, cache_dir))
             files = [path, *(row[side]["source"] for row in named for side in ("user", "agent"))]
         stamps = [model.file_stamp(file) for file in files]
@@ -603,15 +604,15 @@ class Perception(nn.Module):
 
     @torch.no_grad()
     def stream(self, samples, state=None):
-        """samples of whole frames -> s (1, k, H), enc (1, k, W), state."""
+        """samples of whole frames -> s (1, k, H), state."""
         (own, past), adapter = state or (None, None), self.modality_adapter
         enc, own = self.encoder.stream(samples, own)
         if adapter is None:
-            return self.proj(enc), enc, (own, None)
+            return self.proj(enc), (own, None)
         past = enc if past is None else torch.cat([past, enc], 1)
         x, _ = adapter(past, torch.tensor([past.shape[1]]))
         keep = past[:, max(0, past.shape[1] - self.context) :]
-        return self.proj(x[:, -enc.shape[1] :]), enc, (own, keep)
+        return self.proj(x[:, -enc.shape[1] :]), (own, keep)
 
 
 class SpeechDecoder(nn.Module):
@@ -686,12 +687,15 @@ class Duplex(nn.Module):
         return logits.unflatten(-1, (self.codec.codebooks, self.size)).float()
 
     def forward(self, feats, batch):
-        """Sums over the batch: text, audio, ctc as the loss weighs them (nats), and CE and count of
-        each kind of token and of code."""
-        conf, device, (_, bos, eos) = self.cfg.model, feats.device, self.special
         speech, enc, lens = self.perception(feats, batch.lens)
         if lens.tolist() != batch.frames.tolist():
             raise ValueError(f"frames: {lens.tolist()} of users, {batch.frames.tolist()} of codes")
+        return self.losses(speech, enc, batch)
+
+    def losses(self, speech, enc, batch):
+        """Sums over the batch: text, audio, ctc as the loss weighs them (nats), and CE and count of
+        each kind of token and of code."""
+        conf, device, (_, bos, eos) = self.cfg.model, enc.device, self.special
         sums = {"text": enc.sum() * 0.0, "audio": enc.sum() * 0.0, "ctc": enc.sum() * 0.0}
         if self.ctc is not None:
             sums["ctc"] = self.user_ctc(self.ctc(enc).float().log_softmax(-1), batch)
@@ -948,8 +952,10 @@ def evaluate(duplex, sets, run, swap=False):
         for batch in data.load(places, conf.num_workers, run.device):
             feats = batch.feats.to(run.device)
             with run.amp:
-                sums.update({key: float(value) for key, value in duplex(feats, batch).items()})
-                found += talk(duplex, feats, batch, conf, name)
+                speech, enc, _ = duplex.perception(feats, batch.lens)
+                losses = duplex.losses(speech, enc, batch)
+                found += talk(duplex, speech, enc, batch, conf, name)
+            sums.update({key: float(value) for key, value in losses.items()})
             sums.update(dict(zip(("frames", "labels"), batch.counts(), strict=True)))
         hear_agents(found, duplex, None if swap else run.scorer, most)
         parts = [(found, sums)] * run.world
@@ -968,9 +974,8 @@ def evaluate(duplex, sets, run, swap=False):
     return scores, lines
 
 
-def talk(duplex, feats, batch, conf, name):
+def talk(duplex, speech, enc, batch, conf, name):
     """A free run over a batch: a line for each dialogue, with the turns `wanted` and `found`."""
-    speech, enc, _ = duplex.perception(feats, batch.lens)
     lines, paths, talks = [], None, duplex.cfg.model.text_loss_weight > 0
     if duplex.ctc is not None:
         best = duplex.ctc(enc).argmax(-1)
@@ -1267,8 +1272,8 @@ def main(cfg, check_only=False):
         raise model.UserError(f"{folder}/last.pt: none; set resume_ignore_no_checkpoint=true")
     state = model.open_run(folder, cfg, identity, keep.resume_if_exists, rank, world)
     train, dropped, sets = list_data(cfg, parts, folder, rank)
-    tokens = sorted({i for turns in train["user_ids"] for ids in turns for i in ids})
-    tokens = tokens if cfg.model.user_ctc_weight else []
+    said = train["user_ids"] if cfg.model.user_ctc_weight else []
+    tokens = sorted({i for turns in said for ids in turns for i in ids})
     duplex = build(cfg, parts, tokens, device)
     for name, part in duplex.named_children():
         count = sum(p.numel() for p in part.parameters() if p.requires_grad)
@@ -1460,7 +1465,7 @@ def run_live(duplex, wave, frames, conf):
         due = started + ((t + 1) * size + ahead) / encoder.sample_rate
         time.sleep(max(0.0, due - time.time()))
         first = t * size + ahead * (t > 0)
-        speech, _, heard = duplex.perception.stream(wave[first : (t + 1) * size + ahead], heard)
+        speech, heard = duplex.perception.stream(wave[first : (t + 1) * size + ahead], heard)
         text, code = duplex.step(speech[:, -1], state, conf.temperature, conf.top_k)
         code = code.cpu()  # the clock waits for a GPU
         if decode:

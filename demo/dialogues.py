@@ -234,11 +234,9 @@ def make_embedding(work):
     kernels = [(name, value) for name, value in net.items() if value.ndim == 4 and value.size > 1]
     numbers = {name: int(re.search(r"conv2d(?:_(\d+))?", name)[1] or 0) for name, _ in kernels}
     for name, value in sorted(kernels, key=lambda pair: numbers[pair[0]]):
-        bias = net.get(name.replace("weights", "bias"), np.zeros(len(value), np.float32))
-        weights |= {f"{numbers[name]}.weight": value}
-        weights[f"{numbers[name]}.bias"] = (
-            bias if bias.ndim == 1 else np.zeros(len(value), np.float32)
-        )
+        bias = net.get(name.replace("weights_fused", "bias_fused"), value)  # two have none
+        bias = bias if bias.ndim == 1 else np.zeros(len(value), np.float32)
+        weights |= {f"{numbers[name]}.weight": value, f"{numbers[name]}.bias": bias}
     names = ("ReadVariableOp", "ReadVariableOp_1", "FusedBatchNormV3/ReadVariableOp",
              "FusedBatchNormV3/ReadVariableOp_1")  # fmt: skip
     for ours, theirs in zip(("weight", "bias", "running_mean", "running_var"), names, strict=True):

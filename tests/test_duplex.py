@@ -218,7 +218,10 @@ def test_codec2_packs_what_it_unpacks():
     frames[:, 5] &= 0xFE  # the spare bit carries nothing
     codes = codec.unpack(frames)
     assert np.array_equal(codec.pack(codes), frames)
-    assert codes.max(0).tolist() == [511, 511, 511, 255, 255, 15] or (codes < 512).all()
+    for bit, place, code in ((20, 0, 256), (28, 0, 1), (29, 1, 256), (46, 2, 1), (2, 3, 128),
+                             (9, 3, 1), (12, 4, 128), (0, 5, 8), (11, 5, 1)):  # fmt: skip
+        alone = np.packbits(np.eye(48, dtype=np.uint8)[bit : bit + 1], axis=1)
+        assert codec.unpack(alone)[0].tolist() == [code * (n == place) for n in range(6)]
     assert (codes[:, 3:5] < 256).all() and (codes[:, 5] < 16).all() and len(np.unique(codes)) > 400
 
 
@@ -315,7 +318,7 @@ def test_nothing_before_a_frame_hears_it(world, tmp_path, kind, ears):
         padded = torch.nn.functional.pad(wave, (0, encoder.lookahead))
         ends = [encoder.lookahead + n * frame for n in (1, 2, 5, 6, 20)]
         for first, end in zip([0, *ends], ends, strict=False):
-            part, _, state = duplex.perception.stream(padded[first:end], state)
+            part, state = duplex.perception.stream(padded[first:end], state)
             parts.append(part)
     assert torch.allclose(torch.cat(parts, 1)[0], speech[0], atol=1e-5)
 
@@ -464,11 +467,11 @@ def test_an_answer_too_soon_and_a_late_stop_do_not_count():
 @pytest.mark.parametrize("name", PAGES)
 def test_the_pages_examples_end_in_refusals_that_can_be_mended(name, world, tmp_path, capsys):
     page = tmp_path / "page.yaml"
-    page.write_text(PAGE + (PAGE_DECODER if "decoder" in name else ""))
+    page.write_text(PAGE + (PAGE_DECODER if "decoder" in name else PAGE_SCORER))
     with pytest.raises(model.UserError) as caught:
         td.check(config(page), print, True)
     lines = str(caught.value).splitlines()
-    assert lines[0].startswith(f"{len(lines) // 2} settings")
+    assert lines[0].startswith(f"{PAGES[name]} settings") and len(lines) == 2 * PAGES[name] + 1
     for part in ("streaming_80ms", "NeMo's codecs", "22050", "data.train_ds"):
         assert sum(part in line for line in lines[1::2]) == 1, part
     mends = " ".join(lines[2::2]).replace("FILE", str(world.path))
@@ -504,6 +507,7 @@ data:
   output_roles: ["agent", "Assistant"]
   train_ds: ...
 """
+PAGE_SCORER = "model.scoring_asr: stt_en_fastconformer_transducer_large\n"
 PAGE_DECODER = """
 model.speech_decoder:
   target: nemo.collections.speechlm2.modules.speech_generation.TransformerARSpeechDecoder
